@@ -282,3 +282,10 @@ def test_pretrained_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPat
 def test_unknown_weights() -> None:
     with pytest.raises(ConfigError, match="NOT_THERE"):
         create_model("torchvision/resnet18", 7, weights="NOT_THERE")
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", "resnet18"])
+def test_an_option_that_torchvision_would_ignore(name):
+    with pytest.raises(ConfigError, match="drop_out"):
+        create_model(f"torchvision/{name}", 4, drop_out=0.1)
+    create_model("torchvision/mobilenet_v3_small", 4, dropout=0.1, reduced_tail=True)

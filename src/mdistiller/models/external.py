@@ -1,5 +1,6 @@
 """Models of timm and torchvision, and the canonical taps of any model."""
 
+import inspect
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from mdistiller.models.transformers_taps import transformers_points
 from mdistiller.types import Line
 
 LIBRARIES = ("timm", "torchvision")
+_MOBILENET_V3 = ("width_mult", "reduced_tail", "dilated")  # options that no signature names
 
 
 def create_external(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
@@ -128,14 +130,12 @@ def without_pretraining(options: Line) -> Line:
 
 
 def _build_torchvision(name: str, num_classes: int | None, options: Line) -> nn.Module:
-    import torchvision
-
     options = dict(options)
     if options.pop("pretrained", False):
         options.setdefault("weights", "DEFAULT")
     if options.get("weights") is not None:
         # With weights, torchvision accepts only the number of classes that they have.
-        model = torchvision.models.get_model(name, **options)
+        model = get_torchvision(name, options)
         if num_classes is not None:
             _replace_classifier(model, num_classes, name)
         return model
@@ -143,7 +143,21 @@ def _build_torchvision(name: str, num_classes: int | None, options: Line) -> nn.
         options = {"aux_logits": False, "init_weights": True, **options}
     if num_classes is not None:
         options["num_classes"] = num_classes
-    return torchvision.models.get_model(name, **options)
+    return get_torchvision(name, options)
+
+
+def get_torchvision(name: str, options: Line) -> nn.Module:
+    """Builds a model of torchvision; raises UnknownNameError for an option that torchvision would ignore."""
+    from torchvision.models import get_model, get_model_builder
+
+    model = get_model(name, **options)
+    taken = inspect.signature(type(model)).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        known = {*taken, *inspect.signature(get_model_builder(name)).parameters} - {"kwargs"}
+        known |= {*_MOBILENET_V3} if name.startswith(("mobilenet_v3", "ssdlite")) else set()
+        for option in options.keys() - known:
+            raise UnknownNameError(f"option of model 'torchvision/{name}'", option, known)
+    return model
 
 
 def _manual_download(name: str, options: Line) -> str:

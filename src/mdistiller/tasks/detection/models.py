@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Container
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
@@ -11,6 +12,7 @@ from torch import nn
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError, check_free
 from mdistiller.models import ModelConfig, load_weights
 from mdistiller.models.backbone import create_backbone
+from mdistiller.models.external import get_torchvision
 from mdistiller.models.weights import read_metadata, read_weights
 from mdistiller.taps import probe
 from mdistiller.tasks.detection.detr import create_detr
@@ -211,6 +213,8 @@ def build_detector(config: ModelConfig, num_classes: int, **defaults: int) -> nn
     options = resolve_options(config, trained=config.checkpoint is not None, **defaults)
     model = create_detector(config.name, num_classes, **options)
     if config.checkpoint is not None:
+        if config.name.startswith("torchvision/ssdlite"):
+            _widen_as_in(model, config.checkpoint, num_classes, options)
         if config.name not in _DETECTORS and options.get("batch_norm", "auto") == "auto":
             _freeze_as_in(model, config.checkpoint)
         load_weights(model, config.checkpoint, config.name)
@@ -241,18 +245,33 @@ def resolve_options(config: ModelConfig, *, trained: bool, **defaults: int) -> d
         if kept is not None and options.get("batch_norm", "auto") == "auto":
             options["batch_norm"] = "frozen"
         if config.name.startswith("torchvision/"):
-            _drop_pretrained(config.name, options)
+            # A checkpoint replaces weights that may need a network.
+            loading = [options.pop(key, None) for key in ("weights", "pretrained", "weights_backbone")]
+            if any(loading):
+                options.pop("trainable_backbone_layers", None)  # has no effect without them
     return options
 
 
-def _drop_pretrained(name: str, options: dict[str, object]) -> None:
-    """Removes torchvision's options for weights, which a checkpoint replaces: they may need a network."""
-    given = [options.pop(key, None) for key in ("weights", "pretrained")]
-    # With weights of its backbone, and these alone, SSDlite has more channels.
-    if any(given) or "ssdlite" not in name:
-        given.append(options.pop("weights_backbone", None))
-    if any(given):
-        options.pop("trainable_backbone_layers", None)  # has no effect without them
+def _widen_as_in(model: nn.Module, checkpoint: Path, num_classes: int, options: dict[str, object]) -> None:
+    """Gives SSDlite the last stages of its checkpoint, if these are torchvision's for a pretrained backbone.
+
+    They have twice the channels; torchvision builds them beside the backbone's own weights only.
+    """
+    from torchvision.models import mobilenet_v3_large
+    from torchvision.models.detection._utils import retrieve_out_channels
+    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+    from torchvision.models.detection.ssdlite import SSDLiteHead, _mobilenet_extractor
+
+    last = "backbone.features.1.3.0.weight"
+    state = read_weights(checkpoint)
+    if len(state.get(last, state.get(f"model.{last}", ()))) != 2 * len(model.get_parameter(last)):
+        return
+    norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
+    backbone = mobilenet_v3_large(norm_layer=norm, reduced_tail=False, **options)
+    model.backbone = _mobilenet_extractor(backbone, 6, norm)
+    channels = retrieve_out_channels(model.backbone, (320, 320))
+    anchors = DefaultBoxGenerator.num_anchors_per_location(model.anchor_generator)
+    model.head = SSDLiteHead(channels, anchors, num_classes, norm)
 
 
 def freeze_batch_norm(module: nn.Module, among: Container[str] | None = None) -> None:
@@ -334,10 +353,10 @@ def _torchvision(name: str, num_classes: int, options: dict[str, object]) -> nn.
     if options.pop("pretrained", False):
         options["weights"] = "DEFAULT"
     options["num_classes"] = num_classes
-    from torchvision.models import get_model
-
     try:
-        model = get_model(name.removeprefix("torchvision/"), **options)
+        model = get_torchvision(name.removeprefix("torchvision/"), options)
+    except UnknownNameError:
+        raise
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"detector {name!r} does not take {options!r}: {error}") from error
     except (OSError, RuntimeError) as error:
