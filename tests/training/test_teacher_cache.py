@@ -6,7 +6,9 @@ import shutil
 import signal
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 from processes import Forked, run_group
 from processes import mdistiller as mdistiller_command
 from small_runs import CPU, fit_alone, make_teacher, make_trainer, next_batch, open_teacher
+from torch import nn
 
 import mdistiller
 from mdistiller.config import OptimConfig
@@ -233,7 +236,7 @@ def test_views_of_counted_images_fall_together(tmp_path):
     changes = {"augment": AugmentConfig(padding=0), "epochs": 6}  # two variants of each image
     t = fit(tmp_path, **changes)
     (rows,) = tmp_path.glob("*.rows")
-    assert rows.stat().st_size == 80 * (4 * 2 + 12)
+    assert rows.stat().st_size == (80 + 1) * (4 * 2 + 12)
     known, passes, again = set(), 0, trainer(tmp_path / "other", **changes)
     for step in range(30):
         (batch,) = again.source.next_batches(step, 1)
@@ -249,7 +252,7 @@ def test_views_are_used_in_turn(tmp_path, views):
     t = fit(tmp_path, augment=DRAWN, teacher_views=views, epochs=4)
     assert sum(t.asked) == 40 * views
     (rows,) = tmp_path.glob("*.rows")
-    assert rows.stat().st_size == 40 * views * (4 * 2 + 12)
+    assert rows.stat().st_size == (40 * views + 1) * (4 * 2 + 12)
     images = []
     for epoch in range(4):
         (batch,) = t.source.next_batches(5 * epoch, 1)
@@ -269,7 +272,7 @@ def test_few_views_of_counted_images_are_kept_by_view(tmp_path):
     for i, ((logits, _),) in first.items():
         torch.testing.assert_close(logits, second[i][0][0], rtol=2**-9, atol=1e-5)
     sizes = sorted(path.stat().st_size for path in tmp_path.glob("*.rows"))
-    assert sizes == [40 * 4 * 20, 40 * 18 * 20]
+    assert sizes == [(40 * 4 + 1) * 20, (40 * 18 + 1) * 20]
 
 
 # Features
@@ -412,6 +415,77 @@ def test_a_given_teacher_s_code_and_attributes_count():
     assert teacher_key(LiveTeacher(one)) != teacher_key(LiveTeacher(two))
 
 
+class Scale:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, module, args, out):
+        return out * self.by
+
+
+def patched(how, scale):
+    """A teacher whose outputs code outside its classes scales."""
+    model = make_teacher()
+
+    def scaled(*given):
+        return given[-1] * scale
+
+    if how == "hook":
+        model.fc.register_forward_hook(scaled)
+    elif how == "pre-hook":
+        model.fc.register_forward_pre_hook(lambda module, args: (args[0] * scale,))
+    elif how == "partial":
+        model.fc.register_forward_hook(partial(lambda by, module, args, out: out * by, scale))
+    elif how == "object":
+        model.fc.register_forward_hook(Scale(scale))
+    elif how == "forward":
+        plain = model.forward
+        model.forward = lambda x: plain(x) * scale
+    elif how == "method":
+        model.fc.forward = MethodType(
+            lambda fc, x: nn.functional.linear(x, fc.weight * scale, fc.bias), model.fc
+        )
+    else:
+        model.settings = {"scale": scale}
+    return model
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "partial", "object", "forward", "method", "dict"])
+def test_hooks_and_patches_of_a_teacher_count(how):
+    models = make_teacher(), patched(how, 1.01), patched(how, 1.02)
+    keys = [json.dumps(teacher_key(LiveTeacher(model))) for model in models]
+    assert len({*keys}) == 3
+    assert json.dumps(teacher_key(LiveTeacher(patched(how, 1.02), ["stage2"]))) == keys[2]
+
+
+def test_code_that_a_hook_moved_to_is_another_teacher():
+    keys = []
+    for name in ("layer2", "layer3"):
+        model = make_teacher()
+        model.get_submodule(name).register_forward_hook(patched)  # never called
+        keys.append(teacher_key(LiveTeacher(model)))
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize("taps", [(), ("pooled",)])
+def test_a_teacher_that_answers_otherwise_is_refused(tmp_path, monkeypatch, taps):
+    """Its key is that of the recorded one: the code of a library's layer is not read."""
+    changes = {"teacher_cache_taps": taps, "method": method_config("srrl" if taps else "kd")}
+    first = outputs(trainer(tmp_path, **changes))
+    run = nn.Linear.forward
+    noise = 1e-3 if taps else 5e-3  # rounding of another CPU
+    monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: run(layer, x) * (1 + noise))
+    again = trainer(tmp_path, **changes)
+    assert same(first, outputs(again))
+    assert again.asked == []
+    monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: run(layer, x) + x[:, :1])
+    with pytest.raises(
+        ConfigError, match=r"teacher_cache: .*\.rows holds outputs of another teacher, though "
+    ):
+        outputs(trainer(tmp_path, **changes))
+    outputs(trainer(tmp_path / "other", **changes))
+
+
 def test_a_teacher_s_file_that_changed_under_its_name(tmp_path, monkeypatch):
     file = tmp_path / "t.safetensors"
     c = config(tmp_path / "cache", teacher=ModelConfig(name="resnet14", checkpoint=file), epochs=1)
@@ -520,7 +594,7 @@ def test_lost_rows_change_no_bit(tmp_path, augment, kind):
     first = fit(tmp_path, **changes).distiller.state_dict()
     (path,) = tmp_path.glob("*.rows")
     content = np.frombuffer(path.read_bytes(), np.uint8).copy()
-    rows = content.reshape(40 * (18 if augment is COUNTED else 2), -1)
+    rows = content.reshape(40 * (18 if augment is COUNTED else 2) + 1, -1)
     recorded = np.flatnonzero(rows.any(1))
     rows[recorded[::7]] = 0
     path.write_bytes(content)
@@ -702,8 +776,8 @@ def test_streamed_files_with_random_crops_and_a_policy(tmp_path, photos):
         outputs(trainer(tmp_path, data=data, augment=AugmentConfig(crop=crop), epochs=3))
         sizes = [path.stat().st_size for path in tmp_path.glob("*.rows")]
         assert len(sizes) == i
-        assert 40 * rows * 20 in sizes
-    assert sorted(sizes) == [40 * rows * 20 for rows in (2, 3, 162)]
+        assert (40 * rows + 1) * 20 in sizes
+    assert sorted(sizes) == [(40 * rows + 1) * 20 for rows in (2, 3, 162)]
 
 
 def test_the_identity_of_files(photos, tmp_path):

@@ -61,10 +61,11 @@ class CachedTeacher(Teacher):
         """Opens the cache.
 
         Raises:
-            ConfigError: a folder that is a file, or whose disk is too small.
+            ConfigError: a folder that is a file, whose disk is too small, or with another teacher's rows.
         """
         index = torch.zeros(1, dtype=torch.int64)
-        outputs = self.live(Batch(self.image, index, index))
+        pattern = torch.arange(self.image.numel(), device=self.image.device) * 7919 % 251 / 125 - 1
+        outputs = self.live(Batch(pattern.view_as(self.image), index, index))
         self.read = (LOGITS,) if outputs.logits.ndim > 1 else ()
         self.shapes = {name: x.shape[1:] for name, x in outputs.features.items() if x.ndim > 2}
         key = {
@@ -73,6 +74,7 @@ class CachedTeacher(Teacher):
         }
         key["data"] = identity(self.rows.splits.train, self.rows.config.data.workers)
         self.cache = TeacherCache(self.folder, self.rows.streams(self.num_views, key, outputs))
+        self.cache.check(self._values(outputs))
         return [*super().open(), self.cache.describe()]
 
     def full_bytes(self) -> int:
@@ -120,8 +122,10 @@ class CachedTeacher(Teacher):
         """
         image = joined(images)
         index = torch.zeros(len(image), dtype=torch.int64)
-        logits, features = self.live(Batch(image, index, index))
-        kinds = {**dict.fromkeys(self.read, logits), **features}
+        return self._values(self.live(Batch(image, index, index)))
+
+    def _values(self, outputs: Outputs) -> dict[str, Values]:
+        kinds = {**dict.fromkeys(self.read, outputs.logits), **outputs.features}
         return {kind: value.float().flatten(1).cpu().numpy() for kind, value in kinds.items()}
 
 
@@ -161,7 +165,7 @@ class CacheRows:
             key = {**common, "augment": self.augment.settings(strong=view > 0)}
             if not self._by_variant(view):
                 key |= {"augment_seed": self.config.augment_seed, "view": view}
-            rows = len(train) * self.slots(view)
+            rows = len(train) * self.slots(view) + 1  # the last one for `TeacherCache.check`
             kinds = {}
             if outputs.logits.ndim > 1:
                 kinds[LOGITS] = Stream(key, outputs.logits.shape[1], self.config.teacher_cache_format, rows)

@@ -12,6 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ from mdistiller.types import Line
 
 LOGITS = "logits"
 _LIBRARIES = ("mdistiller", "timm", "torch", "torchvision", "transformers")
+_OF_MODULES = frozenset(vars(nn.Module()))  # attributes that every module has
+_TOLERANCE = 0.05  # of the outputs' norm, without their mean; bfloat16 differs from float32 by up to 0.012
 _VERSION = 1  # a change of draws, formats or key makes old files foreign
 
 
@@ -117,6 +120,25 @@ class TeacherCache:
         """Stores outputs of some rows, by kind."""
         for kind, values in outputs.items():
             self._record(self._views[view][kind], numbers, values)
+
+    def check(self, outputs: Mapping[str, Values]) -> None:
+        """Compares outputs for the probe, [1, D] by kind, with those that each file's last row keeps.
+
+        Raises:
+            ConfigError: they differ by more than another machine's rounding.
+        """
+        for kind, file in (pair for files in self._views for pair in files.items()):
+            number = np.array([file.stream.rows - 1])
+            kept, there = file.read(number)
+            own = self._record(file, number, outputs[kind])
+            apart, size = np.linalg.norm(kept - own), np.linalg.norm(own - own.mean())
+            if there.all() and apart > _TOLERANCE * size:
+                raise ConfigError(
+                    f"teacher_cache: {self.folder / file.name}.rows holds outputs of another teacher, though "
+                    f"its model, options and weights are the same: {kind} of a test image differ by "
+                    f"{apart / size:.0%}. So code that the teacher calls has changed: remove the file, or "
+                    "give another folder"
+                )
 
     def describe(self) -> str:
         """Returns a line for people: files, size when full, and size so far."""
@@ -224,18 +246,22 @@ def teacher_key(teacher: Teacher, configs: Sequence[ModelConfig] = ()) -> dict[s
     """Returns what a teacher's outputs depend on: class, hashes of architecture, code and weights, images.
 
     The architecture has the options in `configs` and the plain attributes of all modules. The code is that of
-    plug-ins, as whole files, and of classes outside the libraries. The images are named where they are not
+    plug-ins, as whole files, and of classes, hooks and functions in attributes outside the libraries.
+    `TeacherCache.check` sees what no hash tells. The images are named where they are not
     the student's; buffers hold their mean and deviation exactly.
     """
     model = teacher.model
     options = [sorted(config.options.items()) for config in configs]
     plain = [
-        [(k, v) for k, v in vars(m).items() if k != "training" and _is_plain(v)] for m in model.modules()
+        [(k, v) for k, v in vars(m).items() if k not in _OF_MODULES and _is_plain(v)] for m in model.modules()
     ]
     # Addresses differ between processes.
     architecture = re.sub(r" at 0x[0-9a-f]+", "", f"{model} {plain} {options}")
     makers = [model_function(config.name) for config in configs]
     code = sorted({_code(part) for part in (*map(type, model.modules()), *makers) if part is not None})
+    code += [
+        f"{path} {text}" for path, m in model.named_modules() for text in map(_code, _patches(m)) if text
+    ]
     images = [part.describe() for part in own_inputs(model)]
     return {
         "class": type(without_own_input(model)).__name__,
@@ -247,17 +273,40 @@ def teacher_key(teacher: Teacher, configs: Sequence[ModelConfig] = ()) -> dict[s
 
 
 def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.items()))
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _code(part: type | Callable[..., nn.Module]) -> str:
-    """Returns the source of a plug-in, or of a class or function; of a library's, and without a file, ""."""
+def _patches(module: nn.Module) -> list[object]:
+    """Lists what one object has beside its class: forward hooks, and functions in attributes."""
+    own = [value for name, value in vars(module).items() if name not in _OF_MODULES and callable(value)]
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [part for part in (*hooks, *own) if not isinstance(part, nn.Module)]
+
+
+def _code(part: object) -> str:
+    """Returns the source of a plug-in, or of a class or function with the plain values that it reads.
+
+    Of a library's, and without a file, "".
+    """
+    if isinstance(part, partial):
+        given = [value for value in (*part.args, *part.keywords.items()) if _is_plain(value)]
+        return (code := _code(part.func)) and f"{code} {given}"
+    part = getattr(part, "__func__", part)
+    read = [{} if inspect.isclass(part) else getattr(part, "__dict__", {})]
+    if inspect.isfunction(part):
+        read += inspect.getclosurevars(part)[:2]
+    elif not inspect.isclass(part):
+        part = type(part)
     module = inspect.getmodule(part)
     if module is None or module.__name__.partition(".")[0] in _LIBRARIES:
         return ""
+    plain = [pair for names in read for pair in names.items() if _is_plain(pair)]
     try:
-        return inspect.getsource(module if module.__name__.startswith(PLUGIN) else part)
+        source = inspect.getsource(module if module.__name__.startswith(PLUGIN) else part)
     except (OSError, TypeError):
         return ""
+    return f"{source} {plain}" if plain else source
