@@ -19,6 +19,8 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # equations without a network
+    "sphinx_copybutton",
 ]
 exclude_patterns = ["requirements.txt", "images/*.md"]
 myst_enable_extensions = ["amsmath", "dollarmath", "deflist"]
@@ -30,7 +32,6 @@ highlight_language = "none"
 default_role = "py:obj"
 add_module_names = False
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 autosummary_generate = False
 napoleon_numpy_docstring = False
@@ -40,6 +41,7 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"mdistiller {release}"
 html_static_path = ["static"]
+html_logo = html_favicon = "static/logo.svg"
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False

@@ -1,8 +1,8 @@
-"""Page of all published runs: `python docs/published_page.py` writes docs/methods/published.md."""
+"""Sections of published runs, which the site adds to the pages of methods."""
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from pathlib import Path
 
 from mdistiller.recipes.describe import figure_text, method_lines, reproduced_text
 from mdistiller.recipes.published import PublishedRun, all_runs, find_reproduced
@@ -13,37 +13,29 @@ _TITLES = {
     "tiny-imagenet": "Tiny-ImageNet",
     "coco": "COCO",
 }
-_INTRODUCTION = """\
-# Published runs
-
-Written by `python docs/published_page.py` from the files in `src/mdistiller/recipes/published/`, which
-the recipes read. `mdistiller show RECIPE` prints one run with its origin and the recipe's values.
-
-- Top-1 in percent, of the last epoch or of the best one on the test set. RepDistiller and ITRD report the
-  last epoch; the code bases of DKD and LSKD report the best, which is 0.3 points more on average over 40 of
-  LSKD's logs. With several numbers in a source, their mean.
-- `log`: last and best epoch of the authors' log of one run.
-- "default settings": the authors' hyper-parameters are not known here. "unverified": noted from memory.
-- Drops: the learning rate is divided by 10 after these epochs (steps on COCO); or the schedule, its lowest
-  rate and the epochs over which the rate first rises.
-- "Reproduced elsewhere": others repeated a run, with the authors' code or with their own.
-- The first table of a method and data set has the recipes' values."""
+_INTRODUCTION = "[How to read the columns](published.md)."
 
 
-def published_page() -> str:
-    """Returns the page as Markdown: for each method, a table for each of its sources."""
+def page_of(method: str) -> str:
+    """Returns the method whose page has a method's published runs: the first one of a combination."""
+    return re.split("[-+]", method)[0]
+
+
+def published_sections() -> dict[str, str]:
+    """Returns the Markdown of the published runs by method page, with a table for each source."""
     groups: dict[str, list[list[PublishedRun]]] = {}
     for data in _TITLES:
         for _, runs in groupby(all_runs(data), lambda run: (run.method, run.optimizer, run.source)):
             found = list(runs)
             groups.setdefault(found[0].method, []).append(found)
-    parts = [_INTRODUCTION]
-    for method in sorted(groups):
-        parts.append(f"## {method}")
+    pages: dict[str, list[str]] = {}
+    for method in sorted(groups, key=lambda name: (page_of(name), name)):
+        parts = pages.setdefault(page_of(method), ["## Published runs", _INTRODUCTION])
+        parts += [f"### {method}"] if method != page_of(method) else []
         parts += ["\n".join(_table(runs)) for runs in groups[method]]
         pairs = dict.fromkeys((run.data, run.pair) for runs in groups[method] for run in runs)
         parts += ["\n".join(_reproduced(method, pairs))] if any(_reproduced(method, pairs)) else []
-    return "\n\n".join(parts) + "\n"
+    return {page: "\n\n".join(parts) + "\n" for page, parts in pages.items()}
 
 
 def _reproduced(method: str, pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
@@ -82,8 +74,3 @@ def _table(runs: list[PublishedRun]) -> Iterator[str]:
             *(str(run.epochs or run.steps), drops, ", ".join(more)),
         )
         yield "| " + " | ".join(cells) + " |"
-
-
-if __name__ == "__main__":
-    page = Path(__file__).parent / "methods" / "published.md"
-    page.write_text(published_page(), encoding="utf-8")

@@ -13,6 +13,8 @@ import posixpath
 import re
 from pathlib import Path
 
+import published_page
+
 # Pages at the root of the repository, and their names on the site.
 ROOT_PAGES = {
     "CHANGELOG.md": "changelog",
@@ -23,6 +25,8 @@ ROOT_PAGES = {
 API = {"mdistiller": "python", "mdistiller.functional": "functional"}
 # Pages of folders, whose other pages follow them in the navigation.
 FOLDER_PAGES = ("methods/README", "results/README", "decisions/README")
+# Pages that the search leaves out: history and reasons, which have every word of the manual.
+UNSEARCHED = ("generated/changelog", "decisions/")
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
 
@@ -38,7 +42,17 @@ def connect(app, docs, repository):
     def write(app):
         write_pages(docs, repository)
 
+    published = published_page.published_sections()
+
     def read(app, name, source):
+        if name.startswith(UNSEARCHED):
+            source[0] = f"---\nnosearch: true\n---\n\n{source[0]}"
+        folder, _, method = name.rpartition("/")
+        if folder == "methods" and method in published:
+            source[0] += f"\n{published[method]}"
+        if name == "methods/published":
+            links = (f"[{method}]({method}.md#published-runs)" for method in published)
+            source[0] += f"\n## Tables by method\n\n{', '.join(links)}\n"
         if name in FOLDER_PAGES:
             source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n*\n```\n"
         if not name.startswith("generated/"):

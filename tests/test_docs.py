@@ -18,6 +18,8 @@ from mdistiller.cli.main import COMMANDS, find_command, run
 from mdistiller.cli.sweep import SweepCommand, read_space
 from mdistiller.integrations.ray import check_space
 from mdistiller.methods import get_method, method_config
+from mdistiller.recipes.describe import figure_text
+from mdistiller.recipes.published import all_runs
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -225,9 +227,15 @@ def test_flags_of_the_migration_page_exist():
     assert not named - flags
 
 
-def test_the_page_of_published_runs_is_that_of_the_files():
-    page = script("published_page").published_page()
-    assert PAGES["methods/published.md"] == page, "python docs/published_page.py writes it"
+def test_every_published_run_is_on_its_methods_page():
+    pages = script("published_page")
+    sections = pages.published_sections()
+    for data in ("cifar100", "imagenet", "tiny-imagenet", "coco"):
+        for found in all_runs(data):
+            page = pages.page_of(found.method)
+            assert f"methods/{page}.md" in PAGES
+            row = f"| {found.pair} | {figure_text(found)} |"
+            assert row in sections[page], (page, row)
 
 
 def test_the_table_of_methods_is_current():
