@@ -78,7 +78,7 @@ def _user_cache(tmp_path_factory):
 @pytest.fixture
 def registries():
     """Forgets the methods, models, data sets and tasks that a test registers: when called, and at its end."""
-    for name in ("classification", "detection", "multilabel", "segmentation"):
+    for name in tasks._built_in():
         tasks.get_task(name)  # registers itself when it is first imported
     found = (methods._METHODS, models._MODELS, datasets._DATASETS, tasks._TASKS)
     before = [dict(registry) for registry in found]

@@ -230,7 +230,6 @@ TABLES += ("src/mdistiller/analysis/experiment.py", "src/mdistiller/tasks/classi
 TABLES += (
     "tests/methods/test_promises.py",
     "benchmarks/official_cases.py",
-    "docs/methods/published.md",
     "docs/choosing.md",
     "docs/migration.md",
     "docs/generated/",
