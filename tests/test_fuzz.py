@@ -10,7 +10,6 @@ import io
 import json
 import os
 import pickle
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -386,32 +385,6 @@ def test_annotations(folder, content):
     config = DataConfig(kind="tiny-imagenet", root=folder, image_size=8)
     splits = outcome(lambda: load_data(config), DataError)
     assert splits is None or splits.classes == ("n01", "n02")
-
-
-def tar(*members: tuple[str, bytes]) -> bytes:
-    with io.BytesIO() as out:
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            for name, blob in members:
-                info = tarfile.TarInfo(name)
-                info.size = len(blob)
-                archive.addfile(info, io.BytesIO(blob))
-        return out.getvalue().rstrip(b"\0") + bytes(1024)
-
-
-SHARD = [(f"{k}.{kind}", blob) for k in "01" for kind, blob in (("jpg", IMAGES["jpeg"]), ("cls", k.encode()))]
-SHARDS = tar(*SHARD), tar(*((f"é{'/' * 9}{'x' * 200}{name}", blob) for name, blob in SHARD))
-
-
-@settings(parent=fuzz, max_examples=max(EXAMPLES // 2, 1))
-@given(content=damaged(*SHARDS))
-def test_shards(folder, content):
-    root = folder / "shards"
-    for split, blob in (("train", content), ("val", SHARDS[0])):
-        (root / split).mkdir(parents=True, exist_ok=True)
-        (root / split / "0.tar").write_bytes(blob)
-    config = DataConfig(kind="folder", root=root, image_size=8)
-    splits = outcome(lambda: load_data(config), DataError)
-    assert splits is None or (splits.classes == ("0", "1") and len(splits.train) == 2)
 
 
 # Runs

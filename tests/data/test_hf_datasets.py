@@ -1,7 +1,9 @@
 """Data sets of Hugging Face's `datasets`, saved by that package, held against the images that went in."""
 
+import io
 import json
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -62,6 +64,36 @@ def test_images_and_labels_are_those_that_were_saved(tmp_path, form):
     assert splits.train.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     np.testing.assert_array_equal(splits.train.images.numpy(), np.stack(pictures(7)))
     np.testing.assert_array_equal(splits.test.images.numpy(), np.stack(pictures(5, seed=1)))
+
+
+@pytest.mark.parametrize("name", ["{split}/{k:06}.tar", "set-{split}-{k:06}.tar"])
+def test_tar_shards_have_the_images_and_labels_that_were_packed(tmp_path, name):
+    found = {"train": pictures(8), "val": pictures(5, seed=1)}
+    for split, images in found.items():
+        for k in range(2):
+            path = tmp_path / name.format(split=split, k=k)
+            path.parent.mkdir(exist_ok=True)
+            with tarfile.open(path, "w") as tar:
+                for i in range(k, len(images), 2):
+                    png = io.BytesIO()
+                    Image.fromarray(images[i]).save(png, "PNG")
+                    for end, blob in (("png", png.getvalue()), ("cls", str(i % 3).encode())):
+                        info = tarfile.TarInfo(f"{i:04}.{end}")
+                        info.size = len(blob)
+                        tar.addfile(info, io.BytesIO(blob))
+    splits = load_data(config(tmp_path))
+    assert splits.classes == ("0", "1", "2")
+    for split, images in found.items():
+        order = [*range(0, len(images), 2), *range(1, len(images), 2)]
+        ours = splits.train if split == "train" else splits.test
+        assert ours.labels.tolist() == [i % 3 for i in order]
+        np.testing.assert_array_equal(ours.images.numpy(), np.stack(images)[order])
+
+
+def test_a_cut_shard_is_one_sentence(tmp_path):
+    (tmp_path / "train.tar").write_bytes(b"0" * 700)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_data(config(tmp_path))
 
 
 def test_larger_images_are_read_in_worker_processes(tmp_path):
@@ -131,7 +163,9 @@ def test_wrong_sets_are_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"is no folder; kind hf reads"):
         load_data(config(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"has neither a data set of save_to_disk nor Parquet files"):
+    with pytest.raises(
+        DataError, match=r"has no data set of save_to_disk, no Parquet files and no tar shards"
+    ):
         load_data(config(tmp_path / "empty"))
     with pytest.raises(
         DataError, match=r"has no split val, valid, validation, dev, test: --data.val-fraction"

@@ -20,11 +20,10 @@ class DataConfig(Settings):
     kind: str = "cifar100"
     """Name of the data set: cifar100, cifar10, tiny-imagenet, folder, hf, digits, synthetic, or a registered
     one.
-    `folder` is any set of class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, of tar shards,
-    ROOT/train/*.tar and ROOT/val/*.tar, with KEY.jpg and its class id in KEY.cls, or of lists, ROOT/train.csv
-    and ROOT/val.csv, with the columns path and label. `digits` (part of scikit-learn) and `synthetic`
-    (computed) need no files. `hf` is a folder of Hugging Face `datasets`: that of `save_to_disk`, or Parquet
-    files."""
+    `folder` is any set of class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, or of lists,
+    ROOT/train.csv and ROOT/val.csv, with the columns path and label. `digits` (part of scikit-learn) and
+    `synthetic` (computed) need no files. `hf` is a folder of Hugging Face `datasets`: that of `save_to_disk`,
+    Parquet files, or WebDataset's tar shards."""
     root: Path = Path("data")
     """Folder of the data set; for kind folder also a single list, FILE.csv or FILE.parquet."""
     unlabelled: Path | None = None

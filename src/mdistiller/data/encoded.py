@@ -40,15 +40,11 @@ class EncodedSet(StreamSet):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Returns the image's file, and its name inside the file, for messages."""
+        """Returns the name of the image's file, or its row, for messages."""
 
     @abstractmethod
     def file(self, index: int) -> Path | BinaryIO:
         """Returns the encoded image."""
-
-    def where(self, index: int) -> tuple[Path, int] | None:
-        """Returns the file that holds the encoded image, and its first byte there; None if it is unknown."""
-        return None
 
     @abstractmethod
     def length(self, index: int) -> int:
@@ -92,10 +88,6 @@ class JoinedSet(EncodedSet):
     def file(self, index: int) -> Path | BinaryIO:
         images, position = self._place(index)
         return images.file(position)
-
-    def where(self, index: int) -> tuple[Path, int] | None:
-        images, position = self._place(index)
-        return images.where(position)
 
     def length(self, index: int) -> int:
         images, position = self._place(index)

@@ -35,13 +35,12 @@ from mdistiller.data.layout import (
 from mdistiller.data.lists import find_list, is_list, read_list, read_paths, sort_classes
 from mdistiller.data.multilabel import read_multi_label_list
 from mdistiller.data.registry import register_dataset
-from mdistiller.data.shards import find_shards, load_shards
 from mdistiller.errors import ConfigError, DataError, UnknownNameError
 from mdistiller.types import IGNORED
 
 _LAYOUT = (
     "expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (or valid, validation, test), ROOT/train.csv "
-    "and ROOT/val.csv with the columns path and label, or shards ROOT/train/*.tar and ROOT/val/*.tar"
+    "and ROOT/val.csv with the columns path and label; tar shards: --data.kind hf"
 )
 _TINY_LAYOUT = (
     "expected ROOT[/tiny-imagenet-200]/train/WNID/images/*.JPEG and val/images/*.JPEG with "
@@ -59,9 +58,6 @@ class FileSet(EncodedSet):
     def file(self, index: int) -> Path:
         return plain(self.samples[index])
 
-    def where(self, index: int) -> tuple[Path, int]:
-        return self.samples[index], 0
-
     def length(self, index: int) -> int:
         return self.samples[index].stat().st_size
 
@@ -69,15 +65,13 @@ class FileSet(EncodedSet):
 @register_dataset("folder")
 @register_dataset("tiny-imagenet")
 def load_folder(config: DataConfig) -> Splits:
-    """Reads class folders, lists, tar shards, or Tiny-ImageNet; class ids follow the sorted class names.
+    """Reads class folders, lists, or Tiny-ImageNet; class ids follow the sorted class names.
 
     Where `load_data` cuts the images to evaluate on from the training images, the test set may be empty.
     Images without a class have the label -100. If no training image has a class, those of the test images
-    count. Nothing there, another layout, classes of the test images alone, or bad shards are a DataError.
+    count. Nothing there, another layout, or classes of the test images alone are a DataError.
     """
     tiny = config.kind == "tiny-imagenet"
-    if not tiny and config.labelled and (shards := find_shards(config)) is not None:
-        return load_shards(config, *shards)
     options = read_options(config, 64 if tiny else 224)
     if not config.labelled:
         return _load_images(config, options)

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets` on disk: `save_to_disk`'s folders, and Parquet files."""
+"""Data sets of Hugging Face's `datasets` on disk: `save_to_disk`'s folders, Parquet files, tar shards."""
 
 import io
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ from mdistiller.types import IGNORED
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_LABELS = (*LABEL_COLUMNS, "labels")
+_LABELS = (*LABEL_COLUMNS, "labels", "cls")  # the last one in WebDataset's shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +108,16 @@ def _open(root: Path) -> "dict[str, Dataset]":
     except ImportError as error:
         raise MissingPackageError("data.kind: hf", "datasets", "hf") from error
     if not root.is_dir():
-        raise DataError(f"{root} is no folder; kind hf reads a folder of save_to_disk, or Parquet files")
+        raise DataError(
+            f"{root} is no folder; kind hf reads a folder of save_to_disk, Parquet files or tar shards"
+        )
     try:
         if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(str(root))
-        elif any(root.rglob("*.parquet")):
+        elif any(path.suffix in (".parquet", ".tar") for path in root.rglob("*")):
             found = datasets.load_dataset(str(root))
         else:
-            raise DataError(f"{root} has neither a data set of save_to_disk nor Parquet files")
+            raise DataError(f"{root} has no data set of save_to_disk, no Parquet files and no tar shards")
     except DataError:
         raise
     except Exception as error:  # of many types, also of pyarrow and pandas

@@ -80,15 +80,15 @@ def hash_files(images: EncodedSet, workers: Workers) -> list[bytes | None]:
     """
 
     def key(index: int) -> bytes:
-        if (where := images.where(index)) is None:
-            return b""
         try:
-            facts = where[0].stat()
+            if not isinstance(file := images.file(index), Path):
+                return b""
+            facts = file.stat()
         except OSError:
             return b""
         if facts.st_mtime > time.time() - _FRESH:
             return b""
-        what = (os.path.abspath(where[0]), where[1], facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+        what = (os.path.abspath(file), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
         return hashlib.sha256(repr(what).encode(errors="surrogateescape")).digest()
 
     def compute(index: int) -> bytes | None:
