@@ -54,7 +54,7 @@ def test_says_its_setting_and_what_was_measured(quickstart):
         assert f"{name} test {row['last']['mean']:5.1f}".replace("  ", " ") in done.message
     page = (out / "report.html").read_text()
     assert html.escape(SETTING) in page
-    assert "Commonest confusions" in page
+    assert "silhouette" in page
     assert "Missing parts" not in page
     for row in found["rows"]:
         assert row["label"] in page

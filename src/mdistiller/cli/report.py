@@ -33,9 +33,9 @@ class ReportCommand(Command):
     out: Path | None = None
     """The file to write; - for stdout. None: report.html, report.md, report.tex, …"""
     images: int = Field(default=2000, ge=0)
-    """Largest number of test images on which the students run, for the sections on classes, confusions
-    and correlations, on a detector's classes, errors and boxes, or on masks (at most six). 0 leaves
-    these sections out: it is quicker, and the data is not needed."""
+    """Largest number of test images on which the students run, for the sections on classes and
+    correlations, on a detector's classes, errors and boxes, or on masks (at most six). 0 leaves these
+    sections out: it is quicker, and the data is not needed."""
     device: str = "auto"
     """Device of the students: auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
 

@@ -47,8 +47,8 @@ def write_report(
         out: the file, which is also returned.
         title: headline; by default the name of the data and the number of runs.
         notes: paragraphs of plain text below the answer.
-        images: largest number of test images on which the students run, for the sections on classes,
-            confusions and correlations, on a detector's classes, errors and boxes, or on masks (at
+        images: largest number of test images on which the students run, for the sections on classes
+            and correlations, on a detector's classes, errors and boxes, or on masks (at
             most six images). 0 leaves these sections out; then neither models nor data are needed.
         device: device of the models: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
         format: html, the whole page; md, latex, csv or json, its answer and tables.

@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int
 from torch import Tensor, nn
 
 from mdistiller.config import SELF
-from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, Splits, load_data, make_loader
+from mdistiller.data import Augment, AugmentConfig, DataConfig, Splits, load_data, make_loader
 from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.report.page_rows import PageRows
@@ -33,12 +33,11 @@ BATCH = 250
 
 
 class Collected(NamedTuple):
-    """Outputs of a model on N images, in their order, on the CPU; `index` is the position in the data set."""
+    """Outputs of a model on N images, in their order, on the CPU."""
 
     logits: Float32[Tensor, "n c"]
     features: Float32[Tensor, "n d"]
     label: Int[Tensor, " n"]
-    index: Int[Tensor, " n"]  # type: ignore[assignment]  # as in Batch
 
 
 @torch.no_grad()
@@ -68,7 +67,7 @@ def collect(
             batch = prepare(raw)
             logits, features = tapped(batch.image)
             pooled = features[feature].flatten(1)
-            found.append((logits.float().cpu(), pooled.float().cpu(), batch.label.cpu(), batch.index.cpu()))
+            found.append((logits.float().cpu(), pooled.float().cpu(), batch.label.cpu()))
     finally:
         tapped.untap().train(was_training)
     return Collected(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -142,12 +141,6 @@ class ClassifierOutputs(RunOutputs):
         low, high = int(counts[counts > 0].min()), int(counts.max())
         between = counted(low, "image") if low == high else f"{low} to {high} images"
         return f"A class has {between}: one more correct image is up to {100 / low:.1f} points."
-
-    def image(self, index: int) -> Tensor:
-        """Returns a test image, uint8 [H, W, 3] on the CPU."""
-        assert self.splits is not None
-        test = self.splits.test
-        return test.images[index] if isinstance(test, ImageSet) else test.read(index, 0)
 
 
 def _separation(student: Collected) -> dict[str, float]:
