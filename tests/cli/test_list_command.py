@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from mdistiller.cli.main import run
-from mdistiller.methods import FitNet, LogitMethod, get_method, list_methods, registry
+from mdistiller.methods import FitNet, LogitMethod, Method, get_method, list_methods, method_config, registry
 from mdistiller.methods.base import Example, MethodConfig, own_example
+from mdistiller.methods.compose import build_method
 from mdistiller.models import create_model, list_models
 from mdistiller.recipes import list_recipes
-from mdistiller.tasks.classification.listing import describe_method, measure_example
+from mdistiller.taps import tap
+from mdistiller.tasks.classification.listing import describe_method
+from mdistiller.types import Batch, DataInfo, Outputs
 
 PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "my_method.py"
 
@@ -174,6 +177,38 @@ def test_plugins_are_listed(cli):
 BUILT_IN = [name for name in list_methods() if get_method(name).__module__.startswith("mdistiller.")]
 
 
+def measure_example(method_class: type[Method]) -> Example:
+    """Finds the facts of a method by building it, and with taps by one pass of both models and the losses."""
+    student, teacher = create_model("resnet8x4"), create_model("resnet32x4")
+    data = DataInfo((3, 32, 32), torch.arange(50_000) % 100, 64)
+    method = build_method(method_config(method_class.Config.own_name), student, teacher, data)
+    extended = method.extend_student(student)
+    trained = sum(p.numel() for p in nn.ModuleList([extended, method]).parameters() if p.requires_grad)
+    return Example(
+        tuple(method.student_taps),
+        tuple(method.teacher_taps),
+        trained - sum(p.numel() for p in student.parameters()),
+        reads_logits(method, extended, teacher),
+    )
+
+
+def reads_logits(method: Method, student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether the losses of a method with taps have a gradient for the logits."""
+    if not method.student_taps and not method.teacher_taps:
+        return False
+    image, outputs = torch.randn(4 * method.needs.views, 3, 32, 32), []
+    for model, taps in ((student, method.student_taps), (teacher, method.teacher_taps)):
+        tapped = tap(model, taps)
+        logits, features = tapped(image)
+        tapped.untap()
+        outputs.append(Outputs(logits.detach().requires_grad_(), features))
+    position = torch.arange(len(image))
+    losses = method(*outputs, Batch(image, position % 4, position % 4), torch.ones(()))
+    total = torch.stack(list(losses.values())).sum()
+    read = torch.autograd.grad(total, [logits for logits, _ in outputs], allow_unused=True)
+    return any(gradient is not None for gradient in read)
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_declared_facts_are_those_of_the_method_that_is_built_and_run(name):
     method = get_method(name)
@@ -226,7 +261,7 @@ def test_version_and_help_import_no_torch(words):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_method_that_declares_nothing_is_built(registries):
+def test_a_method_that_declares_nothing_is_listed_without_its_cost(registries):
 
     class LayerConfig(MethodConfig):
         pass
@@ -249,6 +284,8 @@ def test_a_method_that_declares_nothing_is_built(registries):
         def default_taps(self, student, teacher):
             return ("stage1",), ("stage1",)
 
-    assert describe_method("with_layer")["extra_parameters"] == 25
+    found = describe_method("with_layer")
+    assert (found["reads"], found["student_taps"], found["extra_parameters"]) == (None, [], None)
     assert own_example(Child) is None
-    assert describe_method("child_of_fitnet")["student_taps"] == ["stage1"]
+    found = describe_method("child_of_fitnet")
+    assert (found["reads"], found["student_taps"], found["extra_parameters"]) == ("features", [], None)

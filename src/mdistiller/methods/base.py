@@ -102,7 +102,7 @@ class Card:
     """Case that the method is for, in one line without a full stop."""
     example: Example | None = None
     """Facts for `mdistiller list methods`, of the class itself, as a subclass may add taps or layers. None:
-    they are found by building the method."""
+    a method with taps or layers is listed without them."""
 
     year: int | None = None
     """Year of the paper. None: the last four characters of `paper`."""
