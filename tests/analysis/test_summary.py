@@ -84,6 +84,24 @@ def test_many_differences_are_a_number(write_run):
     assert list(names([write_run("a", [50.0]), write_run("b", [60.0], **other)])) == [LABEL, f"{LABEL} (2)"]
 
 
+def test_a_teachers_own_run_is_called_so(write_run, tmp_path):
+    big = {"method": "none", "student": {"name": "resnet20"}}
+    folders = [write_run("big", [70.0], **big), write_run("small", [50.0], method="none")]
+    assert list(names(folders)) == ["baseline: resnet20", "baseline: resnet8"]
+    alone = ["baseline: resnet8"]
+    for number, checkpoint in enumerate((folders[0], folders[0] / "student.safetensors")):
+        teacher = {"name": "resnet20", "checkpoint": str(checkpoint)}
+        taught = write_run(f"dkd{number}", [60.0], teacher=teacher)
+        assert list(names([*folders, taught])) == ["teacher: resnet20", *alone, LABEL]
+    # The second of two teachers, and a teacher of the student's own architecture: the student alone.
+    more = [{"name": "resnet20", "checkpoint": str(folders[0])}]
+    small = {"name": "resnet8", "checkpoint": str(folders[1])}
+    taught = write_run("two", [60.0], teacher=small, more_teachers=more)
+    found = summarise([load_run(folder) for folder in (*folders, taught)])
+    assert [row.label for row in found] == ["teacher: resnet20", *alone, "dkd: resnet8 → resnet8"]
+    assert found[2].over_baseline == 10.0
+
+
 @pytest.mark.parametrize(
     ("data", "shown"),
     [

@@ -25,7 +25,7 @@ def test_rows(cli, quickstart):
     assert set(found) == {"setting", "rows", "report"}
     rows = {row["label"]: row for row in found["rows"]}
     assert list(rows) == [
-        *("baseline: resnet20", "baseline: resnet8", "kd: resnet20 → resnet8", "dkd: resnet20 → resnet8")
+        *("teacher: resnet20", "baseline: resnet8", "kd: resnet20 → resnet8", "dkd: resnet20 → resnet8")
     ]
     folders = dict(zip(rows, ("teacher", "baseline-s0", "kd-s0", "dkd-s0"), strict=True))
     for label, row in rows.items():
@@ -37,7 +37,7 @@ def test_rows(cli, quickstart):
         assert row["seconds"] > 0
         assert row["ms_per_step"] > 0
     # Room between teacher and student, and a student that learns: what the setting is for.
-    teacher, baseline = rows["baseline: resnet20"]["last"]["mean"], rows["baseline: resnet8"]["last"]["mean"]
+    teacher, baseline = rows["teacher: resnet20"]["last"]["mean"], rows["baseline: resnet8"]["last"]["mean"]
     assert teacher > 90
     assert 20 < baseline < teacher - 5
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from mdistiller.methods import get_method, list_methods
-from mdistiller.report.runs import Row, RunRecord
+from mdistiller.report.runs import TEACHER, Row, RunRecord
 
 # Okabe and Ito's colours, which suit any colour vision, without black and yellow, and more.
 COLOURS = (
@@ -74,14 +74,15 @@ def short_names(groups: Mapping[str, Sequence[RunRecord]]) -> dict[str, str]:
     students = students or {run.student for run in methods.values()}
     found = {}
     for label, run in methods.items():
-        student, more = run.student, label.removeprefix(run.label)
+        student, own = run.student, f"{TEACHER}{run.student}"
+        more = label.removeprefix(run.label).removeprefix(own)
         if run.teacher is not None:
             models = "" if len(pairs) == 1 else run.label.partition(": ")[2]
             title = method_title(run.method)
             name = f"{title}: {models}" if models else title
         elif not run.is_trained:
             name = f"{student}, evaluated"
-        elif student in teachers and student not in students:
+        elif label.startswith(own) or (student in teachers and student not in students):
             name = f"teacher {student}"
         else:
             name = "student alone" if students == {student} else f"{student} alone"

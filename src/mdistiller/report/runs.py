@@ -23,6 +23,7 @@ from mdistiller.types import Line, Metric
 
 class _Named(Read):
     name: str
+    checkpoint: object = None
 
 
 class _Data(Read):
@@ -36,11 +37,16 @@ class _Config(Read):
     data: _Data | None = None
     student: _Named
     teacher: _Named | None
+    more_teachers: list[_Named] | None = None
     method: _Named
 
 
 class _Line(Read):
     kind: str
+
+
+TEACHER = "teacher: "
+"""Start of the label of a teacher's own run."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class RunRecord:
     evals, windows: evaluations and training windows in metrics.jsonl.
     summary: None while the run is under way.
     student, teacher: names of the models; the teacher's is None without one.
+    teacher_files: checkpoints of the teachers, run folders or files.
     test_set: name of the test images; metrics on different ones do not compare.
     metric: field of the metric that picks its best epoch; `main_metric` shows it.
     """
@@ -64,6 +71,7 @@ class RunRecord:
     task: str
     student: str
     teacher: str | None
+    teacher_files: list[Path]
     method: str
     test_set: str
     metric: str
@@ -205,6 +213,7 @@ def load_run(path: Path) -> RunRecord:
         raise DataError(f"{path} is no run folder: {reason}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no run folder: {error}") from error
+    teachers = [named for named in (fields.teacher, *(fields.more_teachers or ())) if named is not None]
     return RunRecord(
         path=path,
         config=config,
@@ -215,6 +224,7 @@ def load_run(path: Path) -> RunRecord:
         task=fields.task,
         student=fields.student.name,
         teacher=None if fields.teacher is None else fields.teacher.name,
+        teacher_files=[Path(named.checkpoint) for named in teachers if isinstance(named.checkpoint, str)],
         method=fields.method.name,
         test_set=_test_set(fields),
         metric=metric,
@@ -263,18 +273,29 @@ def group(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """Groups runs that differ only in their seed, under unique labels.
 
     Where settings differ at one label, the fields that differ are added to it, or a number if that is long.
-    The test set is added if there are several.
+    The test set is added if there are several. The run of a teacher of others is called so, unless its model
+    is one of their students too.
     """
     several = len({run.test_set for run in runs}) > 1
+    taught = [run for run in runs if run.teacher is not None]
+    files = [file.resolve() for run in taught for file in run.teacher_files]
+    teachers, students = {*files, *(file.parent for file in files)}, {_model(run) for run in taught}
     settings: dict[str, dict[str, list[RunRecord]]] = {}
     for run in runs:
-        label = f"{run.label} on {run.test_set}" if several else run.label
+        label = run.label
+        if run.teacher is None and run.path.resolve() in teachers and _model(run) not in students:
+            label = f"{TEACHER}{run.student}"
+        label += f" on {run.test_set}" if several else ""
         rest = {k: v for k, v in run.config.items() if k not in ("seed", "out")}
         settings.setdefault(label, {}).setdefault(json.dumps(rest, sort_keys=True), []).append(run)
     groups: dict[str, list[RunRecord]] = {}
     for label, found in settings.items():
         groups |= zip(_names(label, list(found.values())), found.values(), strict=True)
     return groups
+
+
+def _model(run: RunRecord) -> tuple[str, str]:
+    return run.student, str(run.config["student"].get("options") or {})
 
 
 def _names(label: str, groups: Sequence[Sequence[RunRecord]]) -> list[str]:
@@ -356,11 +377,10 @@ def make_row(label: str, runs: Sequence[RunRecord]) -> Row:
 
 def _teachers_result(run: RunRecord) -> float | None:
     """Returns the metric at the end of the run that trained the teacher, if its test images are the same."""
-    checkpoint = (run.config["teacher"] or {}).get("checkpoint")
-    if not isinstance(checkpoint, str) or not Path(checkpoint).is_dir():
+    if len(run.teacher_files) != 1 or not run.teacher_files[0].is_dir():
         return None
     try:
-        teacher = load_run(Path(checkpoint))
+        teacher = load_run(run.teacher_files[0])
     except DataError:
         return None
     unused = {*READING, "keep_empty"} - {"root"}

@@ -122,7 +122,7 @@ def test_the_teachers_metric_from_its_run(write_run, tmp_path):
     assert contest.teachers == {"resnet20": 97.0}
     assert [row.label for row in contest.rows] == ["dkd: resnet20 → resnet8", "baseline: resnet8"]
     assert answer(contest, rows.groups).closed == pytest.approx(100 * 10 / 17)
-    assert rows.names["baseline: resnet20"] == "teacher resnet20"
+    assert rows.names["teacher: resnet20"] == "teacher resnet20"
 
 
 def test_each_student_has_its_contest(write_run):

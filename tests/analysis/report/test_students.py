@@ -26,7 +26,7 @@ import mdistiller
 from mdistiller.errors import ConfigError
 from mdistiller.report import write_report
 
-ROWS = ("baseline: resnet14", "baseline: resnet8", "dkd: resnet14 → resnet8")
+ROWS = ("teacher: resnet14", "baseline: resnet8", "dkd: resnet14 → resnet8")
 
 
 def test_images() -> tuple[np.ndarray, np.ndarray]:

@@ -522,7 +522,7 @@ def test_the_report(runs, tmp_path):
     folders = [folder / "teacher", folder / "student"]
     rows = summarise([load_run(run) for run in folders])
     assert [row.metric for row in rows] == ["AP", "AP"]
-    assert [row.label for row in rows] == ["baseline: wide", "dkd+reviewkd: wide → small"]
+    assert [row.label for row in rows] == ["teacher: wide", "dkd+reviewkd: wide → small"]
     assert rows[1].last.mean == read_metrics(folder / "student")[-1]["last"]["AP"]
     own = read_metrics(folder / "teacher")[-1]["last"]["AP"]
     assert (rows[0].over_teacher, rows[1].teacher) == (None, own)
