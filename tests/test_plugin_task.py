@@ -85,7 +85,7 @@ class VectorDeployment(Deployment):
     def as_model(self, student):
         return lambda inputs: (student(inputs),)
 
-    def random_images(self, fields, count):
+    def example(self, fields, count, data):
         return torch.randn(count, 4, generator=torch.Generator().manual_seed(count))
 
     def load_test_set(self, config):

@@ -25,7 +25,7 @@ def test_table_and_json(cli, runs):
     assert rows[0].startswith("| teacher: resnet8 |")
     assert rows[1].startswith(f"| dkd: resnet8 → resnet8 | {last:.2f} | – |")
     assert rows[-1].startswith("top1 on synthetic; milliseconds an image on ")
-    assert rows[-1].endswith(", 1 thread")
+    assert rows[-1].endswith(", 1 thread, images of shape [1, 3, 16, 16]")
     assert torch.get_num_threads() == before
     found = cli("compare", student, "--batch", 2, "--json").json()
     assert found == json.loads((student / "compare.json").read_text())

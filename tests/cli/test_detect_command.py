@@ -213,11 +213,9 @@ def exports(cli, student):
     return {format: cli("export", student[0], "--format", format, "--json") for format in formats}
 
 
-def test_detectors_have_no_int8_and_no_comparison(cli, student):
+def test_detectors_have_no_int8(cli, student):
     done = cli("export", student[0], "--format", "onnx", "--int8")
     assert (done.code, "allowed: runs of classification" in done.message) == (2, True)
-    done = cli("compare", student[0])
-    assert (done.code, "is a run of detection; allowed: runs of classification" in done.message) == (2, True)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "onnx"])
@@ -243,7 +241,8 @@ def test_export(cli, student, exports, format):
     assert measured["metric"] == "AP"
     assert measured["student"] == pytest.approx(lines[-1]["AP"], abs=0.2)
     assert measured["value"] == pytest.approx(measured["student"], abs=0.2)
-    assert (measured["agreement"], card["macs"], card["speed"]) == (None, None, None)
+    assert (measured["agreement"], len(card["image_shape"]), list(card["speed"]["ms"])) == (None, 3, ["1"])
+    assert card["macs"] > 1e6
     assert 0 <= card["check"]["largest_difference"] <= 1e-4
     assert card["check"]["input_shapes"] == [[3, 96, 128], [3, 150, 100]]
     content = (folder / "README.md").read_text() + json.dumps(card)

@@ -2,21 +2,23 @@
 
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mdistiller.config import SELF, RunConfig
-from mdistiller.deploy.measure import BATCHES, count_macs, milliseconds
+from mdistiller.deploy.measure import count_macs, milliseconds
 from mdistiller.deploy.predict import Card, load_export
 from mdistiller.deploy.student import load_student, read_student, run_settings
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
 from mdistiller.models.weights import STUDENT_FILE, find_weights
 from mdistiller.report.bought import COMPARISON, ComparedModel, Comparison
-from mdistiller.report.runs import RunRecord, find_baseline, group, load_run
+from mdistiller.report.runs import RunRecord, find_baseline, group, load_run, make_row
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.environment import this_machine
 from mdistiller.training.deployment import Model, ModelInput
@@ -32,14 +34,18 @@ class _Member:
     task: Task
     config: RunConfig
     fields: ModelInput
+    data: Callable[[], Any]
+    """Reads the test set on its first call."""
 
     def images(self, count: int) -> Tensor:
-        """Returns a batch of random prepared images."""
-        images = self.task.deployment().random_images(self.fields, count)
+        """Returns a batch of prepared images, on which the models are timed."""
+        deployment = self.task.deployment()
+        images = deployment.example(self.fields, count, None)
         if images is None:
-            raise ConfigError(
-                f"{self.run.path} is a run of {self.task.name}; allowed: runs of classification"
-            )
+            images = deployment.example(self.fields, count, self.data())
+        if images is None:
+            sizes = ", ".join(map(str, deployment.batches))
+            raise ConfigError(f"batch: got {count}; allowed for a run of {self.task.name}: {sizes}")
         return images
 
 
@@ -61,7 +67,7 @@ def compare(
     folders: Sequence[Path],
     exports: Sequence[Path] = (),
     *,
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int] | None = None,
     evaluate: bool = True,
 ) -> Comparison:
     """Compares the students of runs with their teacher and with their exported files, on the CPU.
@@ -74,27 +80,30 @@ def compare(
         folders: run folders.
         exports: folders that `export_student` wrote, of students of these runs. No other is opened: torch may
             unpickle parts of a graph.
-        batches: batch sizes whose times are measured.
+        batches: batch sizes whose times are measured. None: those of the runs' task.
         evaluate: compute the metrics on the test set, in float32. Otherwise they are the recorded ones.
 
     Raises:
         DataError: a folder is no run, the runs have different test sets, or the test set cannot be read.
-        ConfigError: a task whose models take images of any size, or a batch size below 1.
+        ConfigError: a task that does not measure models, or a batch size that its models do not take.
         CheckpointError: a student or one of `exports` cannot be read, or such an export belongs to no run.
     """
-    if wrong := [batch for batch in batches if batch < 1]:
+    if wrong := [batch for batch in batches or () if batch < 1]:
         raise ConfigError(f"batch: got {wrong[0]}; allowed: 1 or more")
     runs = [load_run(folder) for folder in folders]
     tests = list(dict.fromkeys(run.test_set for run in runs))
     if len(tests) > 1:
         raise DataError(f"the runs have different test sets ({', '.join(tests)}); compare runs with one")
     groups = group(runs)
-    entries = _entries([_member(run, groups) for run in runs], exports)
-    metrics = _metrics(entries) if evaluate else [entry.recorded for entry in entries]
+    members = _members(runs, groups)
+    batches = batches or members[0].task.deployment().batches
+    shapes = [tuple(members[0].images(batch).shape) for batch in batches]
+    entries = _entries(members, exports)
+    metrics = [_metric(entry) if evaluate else entry.recorded for entry in entries]
     times: list[dict[int, float]] = [{} for _ in entries]
     for batch in batches:
         calls = [(entry.model, entry.member.images(batch)) for entry in entries]
-        for row, ms in zip(times, milliseconds(calls), strict=True):
+        for row, ms in zip(times, milliseconds(calls, batch), strict=True):
             row[batch] = ms
     rows = [
         ComparedModel(
@@ -109,7 +118,12 @@ def compare(
         for entry, value, ms_by_batch in zip(entries, metrics, times, strict=True)
     ]
     found = Comparison(
-        test_set=tests[0], metric=runs[0].metric, measured=evaluate, machine=this_machine(), rows=rows
+        test_set=tests[0],
+        metric=runs[0].metric,
+        measured=evaluate,
+        machine=this_machine(),
+        image_shape=shapes[0],
+        rows=rows,
     )
     for run in runs:
         try:
@@ -119,19 +133,23 @@ def compare(
     return found
 
 
-def _member(run: RunRecord, groups: Mapping[str, Sequence[RunRecord]]) -> _Member:
-    label, seeds = next((label, members) for label, members in groups.items() if run in members)
-    if run.teacher is None and run.is_trained:
-        label = f"student alone:{label.removeprefix('baseline:')}"
-    if len(seeds) > 1:
-        label += f", seed {run.config.get('seed')}"
-    config = run_settings(run.path)
-    assert config is not None  # `load_run` has read it
-    task, metadata = read_student(find_weights(run.path))
-    fields = ModelInput(**task.deployment().card_fields(metadata, config))
-    member = _Member(run, label, task, config, fields)
-    member.images(1)  # another task is refused before anything is computed
-    return member
+def _members(runs: Sequence[RunRecord], groups: Mapping[str, Sequence[RunRecord]]) -> list[_Member]:
+    """Returns the runs with what their models need; runs of one test set share it."""
+    found: list[_Member] = []
+    sets: dict[str, Callable[[], Any]] = {}
+    for run in runs:
+        label, seeds = next((label, members) for label, members in groups.items() if run in members)
+        label = label.replace("baseline:", "student alone:", 1)
+        if len(seeds) > 1:
+            label += f", seed {run.config.get('seed')}"
+        config = run_settings(run.path)
+        assert config is not None  # `load_run` has read it
+        task, metadata = read_student(find_weights(run.path))
+        fields = ModelInput(**task.deployment().card_fields(metadata, config))
+        key = (config.data_settings or config).model_dump_json()
+        read = sets.setdefault(key, cache(partial(task.deployment().load_test_set, config)))
+        found.append(_Member(run, label, task, config, fields, read))
+    return found
 
 
 def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry]:
@@ -181,27 +199,28 @@ def _teacher(member: _Member) -> _Entry:
     files = [find_weights(t.checkpoint) for t in config.teachers if t.checkpoint is not None]
     if len(files) < len(config.teachers):  # a config is data: nothing is downloaded for it
         raise ConfigError(f"a teacher of {member.run.path} has no checkpoint file")
-    data = member.task.deployment().load_test_set(config)
-    module = member.task.build_teacher(config, data).eval()
+    module = member.task.build_teacher(config, member.data()).eval()
+    model = member.task.deployment().as_model(module)
     return _Entry(
         label=f"teacher: {' + '.join(t.name for t in config.teachers)}",
         member=member,
-        model=member.task.deployment().as_model(module),
+        model=model,
         parameters=sum(p.numel() for p in module.parameters()),
-        macs=count_macs(module, member.images(1)),
+        macs=count_macs(model, member.images(1)),
         bytes=sum(file.stat().st_size for file in files),
-        recorded=member.run.evals[-1].seen().get("teacher_top1"),
+        recorded=make_row("", [member.run]).teacher,
     )
 
 
 def _student(member: _Member) -> _Entry:
     module = load_student(member.run.path)
+    model = member.task.deployment().as_model(module)
     return _Entry(
         label=member.label,
         member=member,
-        model=member.task.deployment().as_model(module),
+        model=model,
         parameters=sum(p.numel() for p in module.parameters()),
-        macs=count_macs(module, member.images(1)),
+        macs=count_macs(model, member.images(1)),
         bytes=(member.run.path / STUDENT_FILE).stat().st_size,
         recorded=member.run.evals[-1].value,
         is_student=True,
@@ -228,21 +247,12 @@ def _export(folder: Path, member: _Member, student: _Entry) -> _Entry:
     )
 
 
-def _metrics(entries: Sequence[_Entry]) -> list[float | None]:
-    """Computes the metric of each model on its run's test set; each test set is read once."""
-    found: dict[int, float | None] = {}
-    sets: dict[str, list[int]] = {}
-    for i, entry in enumerate(entries):
-        config = entry.member.config
-        sets.setdefault((config.data_settings or config).model_dump_json(), []).append(i)
-    for members in sets.values():
-        first = entries[members[0]].member
-        deployment = first.task.deployment()
-        data = deployment.load_test_set(first.config)
-        models = [entries[i].model for i in members]
-        metrics = deployment.evaluate(models, first.config, data, torch.device("cpu"))
-        found |= {i: values[first.run.metric] for i, values in zip(members, metrics, strict=True)}
-    return [found[i] for i in range(len(entries))]
+def _metric(entry: _Entry) -> float:
+    """Computes the metric of a model on its run's test set."""
+    member = entry.member
+    evaluate = member.task.deployment().evaluate
+    (found,) = evaluate([entry.model], member.config, member.data(), torch.device("cpu"))
+    return float(found[member.run.metric])
 
 
 def _over_alone(

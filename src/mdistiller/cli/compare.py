@@ -8,7 +8,6 @@ from pydantic import Field
 from mdistiller.analysis.compare import compare
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
-from mdistiller.deploy.measure import BATCHES
 from mdistiller.errors import ConfigError
 from mdistiller.report.bought import compared_columns
 from mdistiller.report.markup import markdown_table
@@ -16,7 +15,7 @@ from mdistiller.report.runs import load_run
 
 
 class CompareCommand(Command):
-    """Print accuracy, parameters, multiply-accumulates, file size and milliseconds an image, on the CPU, of a
+    """Print metric, parameters, multiply-accumulates, file size and milliseconds an image, on the CPU, of a
     teacher, a student alone, distilled students and their exports. The report of the runs then has them too.
     """
 
@@ -25,8 +24,9 @@ class CompareCommand(Command):
     exports: tuple[Path, ...] = ()
     """Folders that `mdistiller export` wrote, such as RUN/export/*. A torch-export graph may run code when
     opened: name only those you trust."""
-    batch: tuple[int, ...] = BATCHES
-    """Batch sizes whose times are measured."""
+    batch: tuple[int, ...] | None = None
+    """Batch sizes whose times are measured. None: 1 and 32, or 1 for models of images of any size, which run
+    on the first test image."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of the CPU. None: those that torch chooses, or OMP_NUM_THREADS."""
     eval: bool = True
@@ -47,4 +47,5 @@ class CompareCommand(Command):
             return
         head, *rows = compared_columns(found, load_run(self.runs[0]).main_metric)
         print(markdown_table(head, rows), end="")
-        print(f"\n{found.metric} on {found.test_set}; milliseconds an image on {found.machine}")
+        shape = f", images of shape {list(found.image_shape)}" if found.image_shape else ""
+        print(f"\n{found.metric} on {found.test_set}; milliseconds an image on {found.machine}{shape}")

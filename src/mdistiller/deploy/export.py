@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from importlib import metadata as packages
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.deploy.hub import hub_metadata
 from mdistiller.deploy.int8 import CALIBRATION_IMAGES, quantise
-from mdistiller.deploy.measure import BATCHES, Speed, count_macs, milliseconds
+from mdistiller.deploy.measure import Speed, count_macs, milliseconds
 from mdistiller.deploy.predict import (
     CARD,
     FILES,
@@ -107,9 +108,10 @@ def export_student(
             exported = open_model(path, format, deployment, torch.device("cpu"))
             check = _check(path, exported, deployment, student, file.metadata, rounds=int8)
             fields = deployment.card_fields(file.metadata, config)
-            fields |= _cost(path, exported, deployment, ModelInput(**fields), student)
-            if evaluate and config is not None:
-                fields["measured"] = _measure(path, format, deployment, config, student, target)
+            data = _test_set(path, deployment, config) if evaluate and config is not None else None
+            fields |= _cost(path, exported, deployment, ModelInput(**fields), student, data)
+            if data is not None and config is not None:
+                fields["measured"] = _measure(path, format, deployment, config, student, target, data)
             card = Card(
                 **fields,
                 **_origin(file, format),
@@ -201,20 +203,31 @@ def _check(
     )
 
 
+def _test_set(path: Path, deployment: Deployment, config: RunConfig) -> Any:
+    """Reads the run's test set; None, with a warning, where that fails."""
+    try:
+        return deployment.load_test_set(config)
+    except (MDistillerError, OSError) as error:
+        warnings.warn(f"accuracy of {path.name}: not measured: {error}", stacklevel=3)
+        return None
+
+
 def _cost(
-    path: Path, exported: Model, deployment: Deployment, fields: ModelInput, student: nn.Module
+    path: Path, exported: Model, deployment: Deployment, fields: ModelInput, student: nn.Module, data: Any
 ) -> Line:
     """Returns the fields of a card about the cost of its file."""
     models, unquantized = [exported], path.parent.with_name(_FLOAT)
     if unquantized.is_file():
         models.append(open_model(unquantized, "onnx", deployment, torch.device("cpu")))
     cost: Line = {"bytes": path.stat().st_size}
-    batches = {n: images for n in BATCHES if (images := deployment.random_images(fields, n)) is not None}
+    found = ((n, deployment.example(fields, n, data)) for n in deployment.batches)
+    batches = {n: images for n, images in found if images is not None}
     if batches:
-        times = [milliseconds([(model, images) for model in models]) for images in batches.values()]
+        times = [milliseconds([(model, images) for model in models], n) for n, images in batches.items()]
         ms, *float_ms = (dict(zip(batches, row, strict=True)) for row in zip(*times, strict=True))
         speed = Speed(machine=this_machine(), ms=ms, float_ms=float_ms[0] if float_ms else None)
-        cost |= {"macs": count_macs(student, batches[1]), "speed": speed}
+        macs = count_macs(deployment.as_model(student), batches[1])
+        cost |= {"macs": macs, "image_shape": tuple(batches[1].shape), "speed": speed}
     return cost
 
 
@@ -225,10 +238,10 @@ def _measure(
     config: RunConfig,
     student: nn.Module,
     target: torch.device,
+    data: Any,
 ) -> Measured | None:
     """Evaluates student and file on the run's test set; None, with a warning, where that cannot be read."""
     try:
-        data = deployment.load_test_set(config)
         used = torch.device("cpu") if format == "onnx" else target
         exported = open_model(path, format, deployment, used)
         models = [deployment.as_model(student.to(target)), lambda image: exported(image.to(used))]
@@ -340,7 +353,8 @@ def measured_rows(card: Card) -> dict[str, str]:
     if card.bytes is not None:
         rows["size of the file"] = f"{card.bytes / 1e6:,.2f} MB"
     if card.macs is not None:
-        rows["multiply-accumulates"] = f"{card.macs / 1e6:,.1f} million for one image"
+        shape = "" if card.image_shape is None else f" of shape {list(card.image_shape)}"
+        rows["multiply-accumulates"] = f"{card.macs / 1e6:,.1f} million for one image{shape}"
     if card.speed is not None:
         rows["milliseconds an image"] = f"{card.speed} ({card.speed.machine})"
     return rows

@@ -2,18 +2,16 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller.runs.environment import Machine
 from mdistiller.training.deployment import Model
 
-BATCHES = (1, 32)
-"""Batch sizes whose times are measured unless others are asked for."""
 _ROUNDS = 3
 
 
@@ -32,7 +30,7 @@ class Speed(BaseModel, frozen=True):
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module, image: Tensor) -> int:
+def count_macs(model: Callable[[Tensor], object], image: Tensor) -> int:
     """Counts the multiply-accumulates of convolutions, matrix products and attention in one pass.
 
     They are half of the operations that `torch.utils.flop_counter` counts. Element-wise operations, such as
@@ -44,7 +42,7 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
 
 
 @torch.no_grad()
-def milliseconds(calls: Sequence[tuple[Model, Tensor]], seconds: float = 0.5) -> list[float]:
+def milliseconds(calls: Sequence[tuple[Model, Tensor]], count: int, seconds: float = 0.5) -> list[float]:
     """Times models on the CPU; returns the median milliseconds an image of each.
 
     The models take turns, so that a disturbance affects all of them. The first call of a turn is not timed:
@@ -52,6 +50,7 @@ def milliseconds(calls: Sequence[tuple[Model, Tensor]], seconds: float = 0.5) ->
 
     Args:
         calls: models, each with a batch of prepared images.
+        count: images of a batch.
         seconds: timed calls of a model go on for this long, and are three or more.
     """
     times: list[list[float]] = [[] for _ in calls]
@@ -66,5 +65,4 @@ def milliseconds(calls: Sequence[tuple[Model, Tensor]], seconds: float = 0.5) ->
                 found.append(now - start)
                 if now >= end:
                     break
-    pairs = zip(calls, times, strict=True)
-    return [1000 * statistics.median(found) / len(images) for (_, images), found in pairs]
+    return [1000 * statistics.median(found) / count for found in times]

@@ -109,11 +109,13 @@ class Card(ModelInput):
     bytes: int | None = None
     """Size of the model file."""
     macs: int | None = None
-    """Multiply-accumulates for one image. None for a model of images of any size."""
+    """Multiply-accumulates for one image. None where the size of the images is not known."""
+    image_shape: tuple[int, ...] | None = None
+    """Shape of the prepared image of `macs` and `speed`."""
     measured: Measured | None = None
     """None where the file was not evaluated."""
     speed: Speed | None = None
-    """Time of the exported file. None for a model of images of any size."""
+    """Time of the exported file. None as `macs`."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class Comparison(BaseModel, frozen=True):
     measured: bool
     """Whether the metrics were computed for the comparison; otherwise they are the recorded ones."""
     machine: Machine
+    image_shape: tuple[int, ...] | None = None
+    """Shape of the prepared images, with a batch's axis unless a model takes a single one."""
     rows: list[ComparedModel]
 
 
@@ -95,11 +97,13 @@ def bought(runs: Sequence[RunRecord]) -> list[Section]:
     points = ", in percentage points" if metric.unit else ""
     for comparison in found.values():
         head, *lines = compared_columns(comparison, metric)
+        size = comparison.image_shape
+        shape = f", images of shape {list(size)}" if size else ""
         origin = "measured on these files in float32" if comparison.measured else "as the runs recorded it"
         note = (
             f"{metric.title}: {origin}. Δ alone: minus that of the student alone{points}. MACs: "
             "multiply-accumulates of convolutions and matrix products for one image. ms: median milliseconds "
-            f"an image on {comparison.machine}."
+            f"an image on {comparison.machine}{shape}."
         )
         parts += [text_table(head, lines, "Table of accuracy and cost"), paragraph(note, "note")]
     parts += [paragraph(text) for text in failures]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
+from torch import nn
 
 from mdistiller.config import RunConfig, find_field
 from mdistiller.data.cores import Workers
@@ -16,12 +18,12 @@ from mdistiller.data.labels import stratified_cut
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models import ModelConfig
 from mdistiller.settings import Settings
+from mdistiller.training.deployment import Deployment, Model
+from mdistiller.training.distributed import World
 from mdistiller.types import Line
 
 Split = Literal["train", "test"]
-Model = TypeVar("Model", bound=ModelConfig)
-FLOAT32 = {"precision": "float32"}
-"""Change of a config with which exported files are measured."""
+M = TypeVar("M", bound=ModelConfig)
 _WEIGHTS = ("backbone_weights", "weights", "config")  # options of models, names or files
 
 
@@ -119,7 +121,7 @@ class DenseConfig(RunConfig):
         return self
 
 
-def _absolute(model: Model) -> Model:
+def _absolute(model: M) -> M:
     """Returns a model whose options have absolute paths of weights; others are names."""
     given = {name: Path(model.options[name]) for name in _WEIGHTS if model.options.get(name) is not None}
     files = {name: str(path.absolute()) for name, path in given.items() if path.exists()}
@@ -163,3 +165,29 @@ class DenseSplits(Generic[Images]):
     train: Images
     test: Images
     description: str
+
+
+class DenseDeployment(Deployment):
+    """Export of models of images of any size, measured on the test set, one image at a time."""
+
+    batches = (1,)
+    evaluator: ClassVar[type[Any]]
+    """Class of the metrics, made from a config, the test images and this process."""
+    module: ClassVar[type[nn.Module]]
+    """Class of the module of a `Model` that `evaluator` takes."""
+
+    @abstractmethod
+    def read_test_set(self, config: RunConfig) -> Any:
+        """Reads the test images of a run; errors as `load_test_set`."""
+
+    def load_test_set(self, config: RunConfig) -> DenseSplits[Any]:
+        images = self.read_test_set(config)
+        return DenseSplits(train=images, test=images, description="")
+
+    def evaluate(
+        self, models: Sequence[Model], config: RunConfig, data: DenseSplits[Any], device: torch.device
+    ) -> list[Line]:
+        float32 = config.model_copy(update={"precision": "float32"})
+        evaluate = self.evaluator(float32, data.test, World(device))
+        found = (evaluate(self.module(model)) for model in models)
+        return [{**metrics, "agreement": None, "images": len(data.test)} for metrics in found]

@@ -102,6 +102,8 @@ class Deployment(ABC):
     """Name of an image's list of predictions in JSON."""
     hub_task: ClassVar[str | None] = None
     """The Hugging Face Hub's name for the task."""
+    batches: ClassVar[tuple[int, ...]] = (1, 32)
+    """Batch sizes whose times are measured unless others are asked for."""
 
     @abstractmethod
     def card_fields(self, metadata: Line, config: RunConfig | None) -> Line:
@@ -170,15 +172,16 @@ class Deployment(ABC):
 
     # Measurement. The files of a task without these methods stay unmeasured.
 
-    def random_images(self, fields: ModelInput, count: int) -> Tensor | None:
-        """Returns a batch of random prepared images, to count operations and measure times.
+    def example(self, fields: ModelInput, count: int, data: Any) -> Tensor | None:
+        """Returns a prepared batch of `count` images, to count operations and measure times.
 
-        None: a graph takes one image of any size, on which both depend.
+        `data` is the value of `load_test_set`, or None where the test set is not read. None: a graph takes no
+        such batch, or the size of its images depends on the data.
         """
         return None
 
     def load_test_set(self, config: RunConfig) -> Any:
-        """Reads the test set of a run for `evaluate`.
+        """Reads the test set of a run for `evaluate`, in a form that `Task.build_teacher` takes too.
 
         Raises:
             DataError: the data set is missing or unreadable.

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -16,10 +17,13 @@ from safetensors.torch import load_file
 from small_runs import StopAfter, ask_teacher
 from tiny_detectors import group_norm, two_stage, write_set
 
+from mdistiller.cli.main import run
 from mdistiller.cli.plan import plan_lines
+from mdistiller.deploy.export import export_student
 from mdistiller.deploy.student import load_student
 from mdistiller.errors import ConfigError, DataError, Interrupted
 from mdistiller.report import write_report
+from mdistiller.report.markup import markdown_text
 from mdistiller.report.runs import load_run, summarise
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
@@ -512,6 +516,51 @@ def statistics(inputs, momentum=0.1):
         mean += momentum * (values.mean(1) - mean)
         variance += momentum * (values.var(1, ddof=1) - variance)
     return {"running_mean": mean, "running_var": variance}
+
+
+# What distillation bought
+
+
+def test_compare(runs, data, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    folder, _ = runs
+    student, alone = tmp_path / "student", tmp_path / "alone"
+    shutil.copytree(folder / "student", student)
+    train(config(data, alone))
+    out, card = export_student(student, "onnx")
+    words = [*map(str, ["compare", folder / "teacher", alone, student, "--exports", out])]
+    assert run([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = found["rows"]
+    distilled_label = "dkd+reviewkd: wide → small"
+    labels = ["teacher: wide", "student alone: small", distilled_label, f"{distilled_label}, onnx"]
+    assert [row["label"] for row in rows] == labels
+    assert (found["metric"], found["test_set"], found["image_shape"]) == ("AP", data.name, [3, 80, 64])
+    recorded = [read_metrics(path)[-1]["last"]["AP"] for path in (folder / "teacher", alone, student)]
+    assert [row["metric"] for row in rows[:3]] == pytest.approx(recorded)
+    assert rows[3]["metric"] == pytest.approx(card.measured.value)
+    for row in rows:
+        gain = None if row is rows[1] else pytest.approx(row["metric"] - rows[1]["metric"])
+        assert row["over_alone"] == gain
+        assert list(row["ms"]) == ["1"]
+        assert row["ms"]["1"] > 0
+        wide = row is rows[0]
+        assert row["parameters"] == sum(p.numel() for p in two_stage(width=16 if wide else 8).parameters())
+    assert rows[0]["macs"] > rows[1]["macs"] == rows[3]["macs"] == card.macs > 1e5
+    assert rows[2]["bytes"] == (student / "student.safetensors").stat().st_size
+    readme = (out / "README.md").read_text()
+    assert markdown_text(f"{card.macs / 1e6:,.1f} million for one image of shape [3, 80, 64]") in readme
+    assert "| milliseconds an image | " in readme
+    assert f"| size of the file | {rows[3]['bytes'] / 1e6:,.2f} MB |" in readme
+    page = write_report([folder / "teacher", alone, student], tmp_path / "report.html").read_text()
+    assert "Table of accuracy and cost" in page
+    assert all(html.escape(label) in page for label in labels)
+    assert run([*words, "--batch", "2"]) == 2
+    assert "batch: got 2; allowed for a run of detection: 1" in capsys.readouterr().err
+    assert run([*words, "--no-eval"]) == 0
+    shown = capsys.readouterr().out
+    assert f"| teacher: wide | {recorded[0]:.2f} |" in shown
+    assert shown.rstrip().endswith(", images of shape [3, 80, 64]")
 
 
 # The report

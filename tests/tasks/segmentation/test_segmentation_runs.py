@@ -16,6 +16,7 @@ from small_runs import StopAfter
 
 import mdistiller
 from mdistiller.cli.eval import EvalCommand
+from mdistiller.cli.main import run as command
 from mdistiller.cli.predict import PredictCommand
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.predict import load_predictor
@@ -141,6 +142,26 @@ def test_exports_give_the_students_logits_at_other_sizes(runs, squares, format):
     assert torch.allclose(exported(image), expected, atol=1e-4)
     (found,) = exported.predict([squares / "JPEGImages" / "val0.png"], top=2)
     assert 1 <= len(found) <= 2
+
+
+def test_compare(runs, teacher, capsys):
+    out, card = export_student(runs / "kd", out=runs / "kd" / "export" / "compared")
+    folders = (teacher, runs / "alone", runs / "kd")
+    assert command(["compare", *map(str, folders), "--exports", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = found["rows"]
+    kd = f"kd: {TEACHER} → {MODEL}"
+    labels = [f"teacher: {TEACHER}", f"student alone: {MODEL}", kd, f"{kd}, safetensors"]
+    assert [row["label"] for row in rows] == labels
+    assert found["image_shape"] == [1, 3, 56, 72]
+    recorded = [read_metrics(path)[-1]["last"]["mIoU"] for path in folders]
+    assert [row["metric"] for row in rows] == pytest.approx([*recorded, recorded[2]])
+    assert [row["over_alone"] is None for row in rows] == [False, True, False, False]
+    assert rows[0]["macs"] > rows[1]["macs"] == rows[3]["macs"] == card.macs > 1e6
+    assert all(row["ms"]["1"] > 0 for row in rows)
+    assert command(["compare", str(runs / "kd"), "--batch", "2"]) == 0
+    assert "images of shape [2, 3, 56, 72]" in capsys.readouterr().out
+    assert "Table of accuracy and cost" in write_report([runs / "kd"], runs / "page.html").read_text()
 
 
 def test_the_report_has_coloured_masks(runs, squares, tmp_path):

@@ -124,7 +124,7 @@ class ClassifierDeployment(Deployment):
     def format_prediction(self, prediction: Prediction) -> str:
         return f"{100 * prediction.probability:6.2f} %  {prediction.name}"
 
-    def random_images(self, fields: ModelInput, count: int) -> Tensor:
+    def example(self, fields: ModelInput, count: int, data: object) -> Tensor:
         return _images(count, _form(fields)[0])
 
     def load_test_set(self, config: RunConfig) -> Splits:

@@ -16,9 +16,8 @@ from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.drawing import class_colour, draw_boxes
 from mdistiller.tasks.detection.evaluate import DetectionEvaluator
 from mdistiller.tasks.detection.layouts import load_split
-from mdistiller.training.dense import FLOAT32, DenseConfig
-from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
-from mdistiller.training.distributed import World
+from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
+from mdistiller.training.deployment import Format, Model, ModelInput
 from mdistiller.types import Line
 
 # (height, width); none is that of the example from which the graph is made.
@@ -58,7 +57,7 @@ class _FromModel(nn.Module):
         return [dict(zip(DetectorDeployment.outputs, self.model(image), strict=True)) for image in images]
 
 
-class DetectorDeployment(Deployment):
+class DetectorDeployment(DenseDeployment):
     """Graphs from one image, float32 [3, H, W] in [0, 1], to boxes [N, 4], labels [N] and scores [N].
 
     Boxes are x1, y1, x2, y2 in pixels of the image, labels count from 1. Masks are no output of a graph.
@@ -67,6 +66,7 @@ class DetectorDeployment(Deployment):
     outputs = ("boxes", "labels", "scores")
     hub_task = "object-detection"
     predictions = "boxes"
+    evaluator, module = DetectionEvaluator, _FromModel
 
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
         labels = metadata.get("labels", range(1, len(metadata["classes"]) + 1))
@@ -137,17 +137,14 @@ class DetectorDeployment(Deployment):
         colours = [class_colour(fields.classes.index(box.label)) for box in boxes]
         return draw_boxes(image, [box[2:] for box in boxes], texts, colours), boxes
 
-    def load_test_set(self, config: RunConfig) -> DetectionSet:
+    def example(
+        self, fields: ModelInput, count: int, data: DenseSplits[DetectionSet] | None
+    ) -> Tensor | None:
+        return None if data is None or count > 1 else data.test.read(0)[0].float() / 255
+
+    def read_test_set(self, config: RunConfig) -> DetectionSet:
         assert isinstance(config, DetectionConfig)
         return load_split(config.data.replace(masks=False), "test")
-
-    def evaluate(
-        self, models: Sequence[Model], config: RunConfig, data: DetectionSet, device: torch.device
-    ) -> list[Line]:
-        assert isinstance(config, DetectionConfig)
-        evaluate = DetectionEvaluator(config.model_copy(update=FLOAT32), data, World(device))
-        found = (evaluate(_FromModel(model)) for model in models)
-        return [{**metrics, "agreement": None, "images": len(data)} for metrics in found]
 
     def format_prediction(self, prediction: Box) -> str:
         box = " ".join(f"{value:.1f}" for value in prediction[2:])

@@ -14,16 +14,8 @@ from mdistiller.tasks.segmentation.config import SegmentationConfig
 from mdistiller.tasks.segmentation.data import SegmentationSet, load_split, palette
 from mdistiller.tasks.segmentation.evaluate import SegmentationEvaluator, classify
 from mdistiller.tasks.segmentation.loader import normalise, scaled, to_tensor
-from mdistiller.training.dense import FLOAT32, DenseConfig
-from mdistiller.training.deployment import (
-    Deployment,
-    Format,
-    Model,
-    ModelInput,
-    ModuleOf,
-    write_program,
-)
-from mdistiller.training.distributed import World
+from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
+from mdistiller.training.deployment import Format, Model, ModelInput, ModuleOf, write_program
 from mdistiller.types import Line
 
 # (batch, height, width); none is that of the example from which the graph is made.
@@ -38,12 +30,13 @@ class Share(NamedTuple):
     share: float
 
 
-class SegmenterDeployment(Deployment):
+class SegmenterDeployment(DenseDeployment):
     """Graphs from normalised images of any size, float32 [B, 3, H, W], to logits [B, classes, H, W]."""
 
     outputs = ("logits",)
     hub_task = "image-segmentation"
     predictions = "classes"
+    evaluator, module = SegmentationEvaluator, ModuleOf
 
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
         fields = {name: metadata[name] for name in ("classes", "mean", "std")}
@@ -96,17 +89,16 @@ class SegmenterDeployment(Deployment):
         drawn.putpalette(palette(256).flatten().tolist())
         return drawn, [found for found in _shares(mask, fields.classes, top) if found[1] >= min_score]
 
-    def load_test_set(self, config: RunConfig) -> SegmentationSet:
+    def example(
+        self, fields: ModelInput, count: int, data: DenseSplits[SegmentationSet] | None
+    ) -> Tensor | None:
+        if data is None:
+            return None
+        return self.prepare(fields, data.test.read(0)[0]).expand(count, -1, -1, -1).contiguous()
+
+    def read_test_set(self, config: RunConfig) -> SegmentationSet:
         assert isinstance(config, SegmentationConfig)
         return load_split(config.data, "test")
-
-    def evaluate(
-        self, models: Sequence[Model], config: RunConfig, data: SegmentationSet, device: torch.device
-    ) -> list[Line]:
-        assert isinstance(config, SegmentationConfig)
-        evaluate = SegmentationEvaluator(config.model_copy(update=FLOAT32), data, World(device))
-        found = (evaluate(ModuleOf(model)) for model in models)
-        return [{**metrics, "agreement": None, "images": len(data)} for metrics in found]
 
     def format_prediction(self, prediction: Share) -> str:
         return f"{100 * prediction.share:6.2f} %  {prediction.name}"
