@@ -1,8 +1,14 @@
 """Trainers for tests, built from a config, data and models as `mdistiller.train` builds them."""
 
+import contextlib
+import io
+import re
+import shutil
 import signal
 
+import numpy as np
 import torch
+from PIL import Image
 
 import mdistiller
 from mdistiller.data import AugmentConfig, DataConfig
@@ -106,3 +112,23 @@ def ask_teacher(distiller, batches):
     """The teacher's outputs for some batches; None where the distiller asks for them in its call."""
     ahead = distiller.teacher_ahead
     return [None] * len(batches) if ahead is None else ahead.ask(batches)
+
+
+def photo(path, size):
+    """Writes a picture of a size (width, height), stored on its side."""
+    pixels = np.random.default_rng(0).integers(0, 255, (size[0] // 4, size[1] // 4, 3), np.uint8)
+    on_its_side = Image.Exif()
+    on_its_side[0x0112] = 6
+    Image.fromarray(pixels).resize(size[::-1]).save(path, exif=on_its_side)
+    return path
+
+
+def run_card(folder, tmp_path, size):
+    """Runs the Python in an export's card on a `photo`: its variables, what it printed, and the photo."""
+    folder = shutil.copytree(folder, tmp_path / "card")
+    path = photo(folder / "image.jpg", size)
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    names, printed = {}, io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        exec(code, names)
+    return names, printed.getvalue(), path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from mdistiller.data.decoder import read_image
 from mdistiller.tasks.detection.config import DetectionConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tasks" / "detection"))
+from small_runs import run_card
 from test_detection_layouts import to_yolo
 from tiny_detectors import two_stage, write_set
 
@@ -242,7 +242,7 @@ def test_export(cli, student, exports, format):
     assert measured["student"] == pytest.approx(lines[-1]["AP"], abs=0.2)
     assert measured["value"] == pytest.approx(measured["student"], abs=0.2)
     assert (measured["agreement"], len(card["image_shape"]), list(card["speed"]["ms"])) == (None, 3, ["1"])
-    assert card["macs"] > 1e6
+    assert card["macs"] > 1e5
     assert 0 <= card["check"]["largest_difference"] <= 1e-4
     assert card["check"]["input_shapes"] == [[3, 96, 128], [3, 150, 100]]
     content = (folder / "README.md").read_text() + json.dumps(card)
@@ -252,14 +252,18 @@ def test_export(cli, student, exports, format):
 
 
 @pytest.mark.parametrize("format", ["safetensors", "onnx"])
-def test_the_code_in_the_readme_runs(exports, monkeypatch, format):
+def test_the_code_in_the_card_predicts_a_photo(exports, tmp_path, format):
     folder = exports[format].json()["out"]
-    monkeypatch.chdir(folder)
-    code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1]
-    names: dict = {}
-    exec(code, names)
+    names, printed, path = run_card(folder, tmp_path, (96, 64))
+    exported = load_export(folder, "cpu")
+    (found,) = exported.predict([path], top=1000)
+    if format == "safetensors":
+        assert printed == f"{exported.predict([path])}\n"
+        return
+    np.testing.assert_array_equal(names["image"], exported.prepare(read_image(path)))
     assert names["boxes"].shape == (len(names["scores"]), 4)
-    assert len(names["labels"]) == len(names["scores"])
+    likely = sorted(box.label for box in found if box.score >= 0.3)
+    assert sorted(line.split()[0] for line in printed.splitlines() if line[0].isalpha()) == likely
 
 
 def test_predict(cli, student, data, exports):

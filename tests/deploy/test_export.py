@@ -16,10 +16,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import photo, run_card
 from torch import nn
 
 import mdistiller
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.data.decoder import read_image
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.predict import FILES, load_export
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
@@ -28,8 +30,10 @@ from mdistiller.models import ModelConfig, create_model, register_model
 from mdistiller.models.registry import _MODELS
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.deployment import ClassifierDeployment
 from mdistiller.tasks.classification.evaluate import evaluate
 from mdistiller.tasks.classification.models import build_model
+from mdistiller.training.deployment import ModelInput
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 
@@ -185,14 +189,33 @@ def test_the_card_tells_of_the_run(run, exports):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_code_in_the_readme_runs(run, exports, monkeypatch, format):
+def test_the_code_in_the_card_predicts_a_photo(exports, tmp_path, format):
     out, _ = exports[format]
-    monkeypatch.chdir(out)
-    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
-    names = {}
+    names, printed, path = run_card(out, tmp_path, (32, 32))
+    exported = load_export(out, "cpu")
+    ((best,),) = exported.predict([path], top=1)
+    if format == "safetensors":
+        assert printed == f"{exported.predict([path])}\n"
+        return
+    assert printed == f"{best.name}\n"
+    image = exported.prepare(read_image(path))
+    assert np.abs(names["image"][0] - image.numpy()).max() < 1.01 / 255 / 0.3187  # one step of 8 bits
+    assert_close(torch.as_tensor(names["logits"]), exported(torch.from_numpy(names["image"])))
+
+
+@pytest.mark.parametrize(
+    ("resize", "size"), [(16, (37, 53)), (20, (64, 16)), (21, (16, 17)), (None, (40, 40))]
+)
+def test_the_cards_code_prepares_as_evaluation_does(tmp_path, resize, size):
+    fields = ModelInput(classes=(), image_size=16, resize=resize, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    deployment = ClassifierDeployment()
+    image = read_image(photo(tmp_path / "image.png", size))
+    code, _ = deployment.graph_code(fields)
+    names = {"np": np, "Image": Image, "image": image}
     exec(code, names)
-    expected = logits("resnet8", run / "student.safetensors", 10, torch.zeros(1, 3, 16, 16))
-    assert_close(torch.as_tensor(names["logits"]).detach(), expected)
+    expected = deployment.prepare(fields, image)
+    assert (names["image"].dtype, names["image"].shape) == (np.float32, (1, 3, 16, 16))
+    assert np.abs(names["image"][0] - expected.numpy()).max() < 1.01 / 255 / 0.4
 
 
 def test_the_moving_average(run, tmp_path):

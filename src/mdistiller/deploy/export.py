@@ -316,28 +316,47 @@ def _accuracy(file: Path, metric: str) -> Accuracy | None:
         raise CheckpointError(f"{path} holds lines that are no run's: {one_line(error)}") from error
 
 
-_USE: dict[Format, str] = {
-    "safetensors": """\
-import torch
+_PACKAGE_CODE = """\
+from pathlib import Path
 from mdistiller import load_export
 
-model = load_export(".")
-image = torch.zeros({shape})
-{outputs} = model(image)""",
-    "torch-export": """\
-import torch
-
-model = torch.export.load("model.pt2").module()  # unpickles parts of the file: trust its source
-image = torch.zeros({shape})
-{outputs} = model(image)""",
-    "onnx": """\
+student = load_export(".")
+print(student.{call}([Path("image.jpg")]))"""
+_GRAPH_CODE = """\
+import json
 import numpy as np
-import onnxruntime
+{imports}
+from PIL import Image, ImageOps
 
+with open("card.json", encoding="utf-8") as file:
+    classes = json.load(file)["classes"]
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
+{prepare}
+{run}
+{show}"""
+_RUN_CODE = {
+    "torch-export": """\
+model = torch.export.load("model.pt2").module()  # unpickles parts of the file: trust its source
+with torch.no_grad():
+    {outputs} = model(torch.from_numpy(image)).numpy()""",
+    "onnx": """\
 session = onnxruntime.InferenceSession("model.onnx")
-image = np.zeros(({shape}), np.float32)
 [{outputs}] = session.run({names}, {{"image": image}})""",
 }
+
+
+def _code(card: Card, deployment: Deployment) -> str:
+    """Returns lines of Python that predict an image with the exported file."""
+    code = deployment.graph_code(card)
+    if code is None or card.format == "safetensors":
+        return _PACKAGE_CODE.format(call="predict" if card.classes else "outputs")
+    names = deployment.outputs
+    return _GRAPH_CODE.format(
+        imports="import torch" if card.format == "torch-export" else "import onnxruntime",
+        prepare=code[0],
+        run=_RUN_CODE[card.format].format(outputs=", ".join(names), names=json.dumps(names)),
+        show=code[1],
+    )
 
 
 def measured_rows(card: Card) -> dict[str, str]:
@@ -392,11 +411,6 @@ def readme(card: Card, deployment: Deployment) -> str:
         "versions": ", ".join(f"{key} {value}" for key, value in card.versions.items()),
     }
     table = "\n".join(f"| {key} | {markdown_text(value or '–')} |" for key, value in rows.items())
-    use = _USE[card.format].format(
-        shape=", ".join(map(str, card.check.input_shapes[0])),
-        outputs=", ".join(deployment.outputs),
-        names=json.dumps(deployment.outputs),
-    )
     name = markdown_text(card.model)
     title = f"{name}, {len(card.classes)} classes" if card.classes else name
     classes = f"\n## Classes\n\n{markdown_text(', '.join(card.classes))}\n" if card.classes else ""
@@ -416,6 +430,6 @@ mdistiller predict FOLDER IMAGE…
 ```
 
 ```python
-{use}
+{_code(card, deployment)}
 ```
 {classes}"""

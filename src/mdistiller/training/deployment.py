@@ -60,6 +60,14 @@ class ModuleOf(nn.Module):
         return self.model(image)[0].to(image.device)
 
 
+def normalize_code(fields: ModelInput) -> str:
+    """Returns Python for `Deployment.graph_code`: from Pillow's `image` to a normalized batch of one."""
+    mean, std = (None if values is None else list(values) for values in (fields.mean, fields.std))
+    return f"""\
+image = (np.asarray(image) / 255 - {mean}) / {std}
+image = image.transpose(2, 0, 1)[np.newaxis].astype(np.float32)"""
+
+
 def write_program(
     program: torch.export.ExportedProgram, path: Path, format: Format, output: str, axes: Mapping[int, object]
 ) -> None:
@@ -143,6 +151,14 @@ class Deployment(ABC):
     @abstractmethod
     def describe(self, fields: ModelInput) -> dict[str, str]:
         """Returns rows for people about input and output, by name."""
+
+    def graph_code(self, fields: ModelInput) -> tuple[str, str] | None:
+        """Returns Python for the card of a graph: to prepare an image, and to print a prediction.
+
+        The first makes a float32 array of Pillow's RGB `image`, as `prepare` does; the second reads `classes`
+        and arrays named as `outputs`. None: the card has code for this package instead.
+        """
+        return None
 
     @abstractmethod
     def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_runs import run_card
 from unlabeled import SETTINGS, VIT, save_images, small
 
 import mdistiller
@@ -286,6 +287,13 @@ def test_an_export_gives_embeddings(run, images, tmp_path, format):
     file = tmp_path / "found.npy"
     assert command(["predict", str(folder), str(images / "some"), "--out", str(file)]) == 0
     assert np.load(file).shape == (24, 512)
+    names, printed, path = run_card(folder, tmp_path, (40, 40))
+    expected = mdistiller.load_export(folder, "cpu").outputs([path])
+    if format == "safetensors":
+        assert printed == f"{expected}\n"
+    else:
+        np.testing.assert_allclose(names["embedding"], expected, atol=0.02)
+        assert printed == f"{names['embedding'][0]}\n"
 
 
 def test_predict_writes_embeddings_in_the_order_that_it_prints(run, images, tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, f1_score, log_loss
-from small_runs import folder_settings
+from small_runs import folder_settings, run_card
 
 import mdistiller
 from mdistiller.cli.eval import EvalCommand
@@ -213,6 +213,9 @@ def test_predictions_and_exports(root, teacher, tmp_path, capsys):
     again = mdistiller.load_export(tmp_path / "export")
     torch.testing.assert_close(again(image[None]), predictor(image[None]), atol=1e-4, rtol=1e-4)
     assert "whose sigmoid is the probability" in (tmp_path / "export" / "README.md").read_text()
+    _, printed, path = run_card(tmp_path / "export", tmp_path, (40, 40))
+    (scores,) = again.predict([path])
+    assert printed == f"{[n for n in card.classes if dict(scores)[n] > 0.5]}\n"
 
 
 # Settings

@@ -12,12 +12,13 @@ from masked_squares import CLASSES, MODEL, TEACHER, pair, settings, student, wri
 from PIL import Image
 from processes import run_group
 from safetensors.torch import load_file
-from small_runs import StopAfter
+from small_runs import StopAfter, run_card
 
 import mdistiller
 from mdistiller.cli.eval import EvalCommand
 from mdistiller.cli.main import run as command
 from mdistiller.cli.predict import PredictCommand
+from mdistiller.data.decoder import read_image
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.predict import load_predictor
 from mdistiller.errors import CheckpointError, ConfigError, Interrupted, UnknownNameError
@@ -129,7 +130,7 @@ def test_the_student_of_a_run_and_its_predictions(teacher, squares, tmp_path, ca
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])
-def test_exports_give_the_students_logits_at_other_sizes(runs, squares, format):
+def test_exports_give_the_students_logits_at_other_sizes(runs, squares, tmp_path, format):
     if format == "onnx":
         pytest.importorskip("onnxruntime")
     folder, card = export_student(runs / "kd", format)
@@ -142,6 +143,15 @@ def test_exports_give_the_students_logits_at_other_sizes(runs, squares, format):
     assert torch.allclose(exported(image), expected, atol=1e-4)
     (found,) = exported.predict([squares / "JPEGImages" / "val0.png"], top=2)
     assert 1 <= len(found) <= 2
+    names, printed, path = run_card(folder, tmp_path, (96, 64))
+    (found,) = exported.predict([path])
+    if format == "safetensors":
+        assert printed == f"{[found]}\n"
+        return
+    expected = exported.prepare(read_image(path))
+    np.testing.assert_allclose(names["image"][0], expected, atol=1e-6)
+    shares = {share.name: f"{share.share:.1%}" for share in found}
+    assert dict(line.split() for line in printed.splitlines()) == shares
 
 
 def test_compare(runs, teacher, capsys):

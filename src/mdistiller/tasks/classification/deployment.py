@@ -24,6 +24,7 @@ from mdistiller.training.deployment import (
     Model,
     ModelInput,
     ModuleOf,
+    normalize_code,
     write_program,
 )
 from mdistiller.training.distributed import World
@@ -58,6 +59,8 @@ class ClassifierDeployment(Deployment):
     hub_task = "image-classification"
     read: Callable[[object], Tensor] = staticmethod(logits_of)
     """The output in a model's result."""
+    show_code = "print(classes[logits[0].argmax()])"
+    """Python that prints a prediction from the output of a batch of one."""
 
     def card_fields(self, metadata: Line, config: RunConfig | None) -> Line:
         fields = {name: metadata[name] for name in ("image_size", "mean", "std")}
@@ -97,6 +100,16 @@ class ClassifierDeployment(Deployment):
             "normalisation": f"scaled to [0, 1], less mean {list(mean)}, over std {list(std)}",
             "output": f"logits [B, {len(fields.classes)}]",
         }
+
+    def graph_code(self, fields: ModelInput) -> tuple[str, str]:
+        size, short = fields.image_size, fields.resize or fields.image_size
+        cut = f"""\
+short = min(image.size)
+image = image.resize([{short} * side // short for side in image.size], Image.Resampling.BILINEAR)
+left, top = (round((side - {size}) / 2) for side in image.size)
+image = image.crop((left, top, left + {size}, top + {size}))
+"""
+        return cut + normalize_code(fields), self.show_code
 
     def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
         size, mean, std = _form(fields)

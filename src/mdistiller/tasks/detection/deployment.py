@@ -116,6 +116,13 @@ class DetectorDeployment(DenseDeployment):
             "output": "boxes [N, 4] (x1, y1, x2, y2 in pixels), labels [N] from 1, scores [N]",
         }
 
+    def graph_code(self, fields: ModelInput) -> tuple[str, str]:
+        show = """\
+for box, label, score in zip(boxes, labels, scores):
+    if label and score >= 0.3:
+        print(classes[label - 1], score, box)"""
+        return "image = np.asarray(image).transpose(2, 0, 1).astype(np.float32) / 255", show
+
     def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 

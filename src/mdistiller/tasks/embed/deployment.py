@@ -14,6 +14,7 @@ class EmbedDeployment(ClassifierDeployment):
     outputs = ("embedding",)
     hub_task = "image-feature-extraction"
     read = staticmethod(embedding_of)
+    show_code = "print(embedding[0])"
     load_test_set = Deployment.load_test_set
 
     def describe(self, fields: ModelInput) -> dict[str, str]:

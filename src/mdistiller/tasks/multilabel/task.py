@@ -89,6 +89,8 @@ class MultiLabelTask(ClassificationTask):
 class MultiLabelDeployment(ClassifierDeployment):
     """Graphs from images to logits [B, classes], whose sigmoid is the probability of each class."""
 
+    show_code = "print([name for name, logit in zip(classes, logits[0]) if logit > 0])"
+
     def describe(self, fields: ModelInput) -> dict[str, str]:
         return super().describe(fields) | {
             "output": f"logits [B, {len(fields.classes)}], whose sigmoid is the probability of each class"

@@ -15,7 +15,7 @@ from mdistiller.tasks.segmentation.data import SegmentationSet, load_split, pale
 from mdistiller.tasks.segmentation.evaluate import SegmentationEvaluator, classify
 from mdistiller.tasks.segmentation.loader import normalise, scaled, to_tensor
 from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
-from mdistiller.training.deployment import Format, Model, ModelInput, ModuleOf, write_program
+from mdistiller.training.deployment import Format, Model, ModelInput, ModuleOf, normalize_code, write_program
 from mdistiller.types import Line
 
 # (batch, height, width); none is that of the example from which the graph is made.
@@ -70,6 +70,20 @@ class SegmenterDeployment(DenseDeployment):
             "normalisation": f"scaled to [0, 1], less mean {list(fields.mean)}, over std {list(fields.std)}",
             "output": f"logits [B, {len(fields.classes)}, H, W]; the class of a pixel has the largest one",
         }
+
+    def graph_code(self, fields: ModelInput) -> tuple[str, str]:
+        scale = ""
+        if fields.resize is not None:
+            scale = f"""\
+scale = {fields.resize} / min(image.size)
+size = [max(1, round(side * scale)) for side in image.size]
+image = image.resize(size, Image.Resampling.BILINEAR)
+"""
+        show = """\
+mask = logits[0].argmax(0)
+for index in np.unique(mask):
+    print(classes[index], f"{(mask == index).mean():.1%}")"""
+        return scale + normalize_code(fields), show
 
     def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
         assert fields.mean is not None
