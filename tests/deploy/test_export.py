@@ -113,7 +113,7 @@ def test_every_format_gives_the_students_logits(run, exports, format):
         expected = logits("resnet8", run / "student.safetensors", 10, x)
         assert_close(exported(x), expected)
         assert_close(exported(x.to(memory_format=torch.channels_last)), expected)
-    assert card.check.input_shapes == ((1, 3, 16, 16), (3, 3, 16, 16))
+    assert card.check.input_shapes == ((2, 3, 16, 16), (1, 3, 16, 16), (3, 3, 16, 16))
     assert 0 <= card.check.largest_difference <= 1e-4 * card.check.largest_output
 
 
@@ -434,10 +434,30 @@ def test_other_logits_fail(tmp_path, models, format):
     models(drifting)
     file = save(tmp_path / "student.safetensors", "drifting")
     with pytest.raises(
-        MDistillerError, match=r"other logits than the student: largest difference .* allowed"
+        MDistillerError,
+        match=r"other logits than the student: largest difference .* allowed.*cause: .* two calls differ",
     ):
         export_student(file, format)
     assert list((tmp_path / "export").iterdir()) == []
+
+
+def test_values_beside_the_weights_fail(tmp_path, models):
+    class Unsaved(Tiny):
+        def __init__(self, num_classes):
+            super().__init__(num_classes)
+            self.register_buffer("factor", torch.rand(()), persistent=False)
+
+        def forward(self, x):
+            return super().forward(x) * self.factor
+
+    def unsaved(num_classes):
+        return Unsaved(num_classes)
+
+    models(unsaved)
+    file = save(tmp_path / "student.safetensors", "unsaved")
+    torch.manual_seed(0)
+    with pytest.raises(MDistillerError, match=r"Likely cause: .* neither weights nor options"):
+        export_student(file)
 
 
 @pytest.mark.parametrize("format", ["torch-export", "onnx"])

@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -174,33 +175,51 @@ def _check(
     """Compares a file's outputs with the student's; one that `rounds` may have other finite outputs."""
     original = deployment.as_model(student)
     difference = largest = 0.0
-    shapes = []
-    for image in deployment.check_inputs(metadata):
-        shape = tuple(image.shape)
+    inputs = deployment.check_inputs(metadata)
+    for image in inputs:
+        shape, expected = list(image.shape), original(image)
         try:
             found = exported(image)
         except Exception as error:  # the graph refuses this shape; the message is its runtime's
-            raise ExportError(
-                f"the exported {path.name} cannot run an input of shape {list(shape)}: {one_line(error)}"
-            ) from error
-        try:
-            off, size = deployment.difference(image, found, original(image))
-        except ValueError as error:
-            raise ExportError(f"the exported {path.name} {error}") from error
-        if not off <= (sys.float_info.max if rounds else TOLERANCE * size):  # NaN too
-            raise ExportError(
-                f"the exported {path.name} gives other {', '.join(deployment.outputs)} than the student: "
-                f"largest difference {off:.2e} for an input of shape {list(shape)}; allowed: "
-                + ("finite outputs" if rounds else f"{TOLERANCE:g} of the largest output, {size:.3g}")
-            )
-        shapes.append(shape)
-        difference, largest = max(difference, off), max(largest, size)
+            words = f"cannot run an input of shape {shape}: {one_line(error)}"
+        else:
+            try:
+                off, size = deployment.difference(image, found, expected)
+                if off <= (sys.float_info.max if rounds else TOLERANCE * size):  # not NaN
+                    difference, largest = max(difference, off), max(largest, size)
+                    continue
+                words = (
+                    f"gives other {', '.join(deployment.outputs)} than the student: largest difference "
+                    f"{off:.2e} for an input of shape {shape}; allowed: "
+                    + ("finite outputs" if rounds else f"{TOLERANCE:g} of the largest output, {size:.3g}")
+                )
+            except ValueError as error:
+                words = str(error)
+        cause = _likely_cause(path, original, image, expected, list(inputs[0].shape))
+        raise ExportError(f"the exported {path.name} {words}. Likely cause: {cause}")
     return Check(
-        input_shapes=tuple(shapes),
+        input_shapes=tuple(tuple(image.shape) for image in inputs),
         largest_difference=difference,
         largest_output=largest,
         tolerance=None if rounds else TOLERANCE,
     )
+
+
+def _likely_cause(
+    path: Path, student: Model, image: Tensor, expected: Sequence[Tensor], example: list[int]
+) -> str:
+    """Returns the likely cause of wrong outputs for an image; `example` is the shape of a graph's example."""
+    for one, other in zip(student(image), expected, strict=True):
+        if one.shape != other.shape or not torch.allclose(one, other, equal_nan=True):
+            return "the student is random in evaluation mode, or keeps a state: two calls differ"
+    if path.suffix == ".safetensors":
+        return "the student computes with values that are neither weights nor options"
+    if list(image.shape) != example:
+        return (
+            "a number that Python computes from an input's shape, as by int(), round() or a loop, is a "
+            f"constant in the graph, which was made from shape {example} and is right for it"
+        )
+    return "a branch on values (`if`, `.item()`), or an operation that the format rounds otherwise"
 
 
 def _test_set(path: Path, deployment: Deployment, config: RunConfig) -> Any:

@@ -126,7 +126,10 @@ class Deployment(ABC):
 
     @abstractmethod
     def check_inputs(self, metadata: Line) -> list[Tensor]:
-        """Returns random inputs, the same at each call, on which an exported file is compared."""
+        """Returns random inputs, the same at each call, on which an exported file is compared.
+
+        A graph is made from the first; the others have other shapes.
+        """
 
     @abstractmethod
     def write_graph(self, path: Path, format: Format, student: nn.Module, metadata: Line) -> None:

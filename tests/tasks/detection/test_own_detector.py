@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_detectors import batch, plugged_in, two_stage, write_set
+from torchvision.models.detection.image_list import ImageList
 
 import mdistiller
 from mdistiller.cli.main import run
@@ -81,7 +83,7 @@ def test_it_teaches_and_learns_from_torchvisions():
         DetectionDistiller(own(), two_stage(seed=1), "dkd")
 
 
-def test_a_run_on_the_command_line(tmp_path):
+def test_a_run_on_the_command_line(tmp_path, monkeypatch, capsys):
     write_set(tmp_path, 4)
     write_set(tmp_path, 2, "instances_val.json", seed=1)
     flags = ("--data.root", tmp_path, "--data.workers", 0, "--device", "cpu", "--batch-size", 2)
@@ -106,6 +108,23 @@ def test_a_run_on_the_command_line(tmp_path):
     out = tmp_path / "student"
     assert train("small.bckd.my_detector", *flags, "--teacher", teacher, "--out", out) == 0
     assert json.loads((out / "config.json").read_text())["teacher"]["options"] == {"width": 8}
+    pytest.importorskip("onnxruntime")
+    exported = tmp_path / "exported"
+    words = ("export", out, "--format", "onnx", "--plugin", EXAMPLE, "--no-eval", "--out")
+    assert run([*map(str, words), str(exported)]) == 0
+    assert mdistiller.load_export(exported).card.check.largest_difference < 1e-4
+
+    def frozen(self, images):
+        height, width = (int((max(i.shape[d] for i in images) + 15) // 16 * 16) for d in (1, 2))
+        padded = [F.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in images]
+        return ImageList(torch.stack(padded) - 0.5, [tuple(i.shape[1:]) for i in images])
+
+    monkeypatch.setattr(own().detector_adapter, "prepare", frozen)
+    capsys.readouterr()
+    assert run([*map(str, words), str(tmp_path / "frozen")]) == 1
+    said = capsys.readouterr().err
+    assert "Likely cause: a number that Python computes from an input's shape" in said
+    assert "made from shape [3, 120, 90]" in said
     parsed = TrainCommand.parse(["small.fitnet.fcos_resnet18", "--teacher", str(teacher)])
     assert parsed.config.teacher.name == "my_detector"
     assert parsed.config.recipe == "small.fitnet.my_detector_fcos_resnet18"

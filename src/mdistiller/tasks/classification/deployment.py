@@ -30,9 +30,7 @@ from mdistiller.training.deployment import (
 from mdistiller.training.distributed import World
 from mdistiller.types import Line
 
-# Neither is the batch size of the example from which the graph is made.
-_BATCH_SIZES = (1, 3)
-_EXAMPLE = 2
+_BATCH_SIZES = (2, 1, 3)
 
 
 class Prediction(NamedTuple):
@@ -84,7 +82,7 @@ class ClassifierDeployment(Deployment):
 
     def write_graph(self, path: Path, format: Format, student: nn.Module, metadata: Line) -> None:
         shapes = ({0: torch.export.Dim("batch")},)
-        example = (_images(_EXAMPLE, metadata["image_size"]),)
+        example = (self.check_inputs(metadata)[0],)
         program = torch.export.export(
             _Output(student, self.read).eval(), example, dynamic_shapes=shapes, strict=False
         )

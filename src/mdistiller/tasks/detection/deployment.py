@@ -20,9 +20,7 @@ from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
 from mdistiller.training.deployment import Format, Model, ModelInput
 from mdistiller.types import Line
 
-# (height, width); none is that of the example from which the graph is made.
-_CHECKED = ((96, 128), (150, 100))
-_EXAMPLE = (120, 90)
+_CHECKED = ((120, 90), (96, 128), (150, 100))  # height, width
 
 
 class Box(NamedTuple):
@@ -90,7 +88,7 @@ class DetectorDeployment(DenseDeployment):
             warnings.simplefilter("ignore")  # the tracer warns about each size that it takes for a constant
             torch.onnx.export(
                 _Boxes(student).eval(),
-                (_image(*_EXAMPLE),),
+                (self.check_inputs(metadata)[0],),
                 path,
                 input_names=["image"],
                 output_names=list(self.outputs),

@@ -18,9 +18,7 @@ from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
 from mdistiller.training.deployment import Format, Model, ModelInput, ModuleOf, normalize_code, write_program
 from mdistiller.types import Line
 
-# (batch, height, width); none is that of the example from which the graph is made.
-_CHECKED = ((1, 96, 128), (3, 160, 96))
-_EXAMPLE = (2, 128, 192)
+_CHECKED = ((2, 128, 192), (1, 96, 128), (3, 160, 96))  # batch, height, width
 
 
 class Share(NamedTuple):
@@ -57,7 +55,7 @@ class SegmenterDeployment(DenseDeployment):
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of constants in the graph
             program = torch.export.export(
-                student.eval(), (_images(*_EXAMPLE),), dynamic_shapes=dynamic, strict=False
+                student.eval(), (self.check_inputs(metadata)[0],), dynamic_shapes=dynamic, strict=False
             )
         write_program(program, path, format, *self.outputs, shapes[0])
 
