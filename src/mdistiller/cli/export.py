@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
-from mdistiller.deploy.export import export_student, measured_rows
+from mdistiller.deploy.card import measured_rows
+from mdistiller.deploy.export import export_student
 from mdistiller.deploy.outputs import export_outputs
 from mdistiller.training.deployment import Format
 
