@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mdistiller import get_recipe, load_export, load_student
 from mdistiller.cli.train import TrainCommand
@@ -312,8 +313,6 @@ def test_predictions_of_eval_give_its_metrics(cli, student, data, tmp_path):
 
 
 def test_predict_draws_the_boxes_of_a_folder(cli, student, data, tmp_path):
-    from PIL import Image
-
     paths = sorted((data / "images").iterdir())
     flags = ("--top", 40, "--device", "cpu", "--json", "--min-score")
     everything = cli("predict", student[0], data / "images", *flags, 0).json()
@@ -338,7 +337,7 @@ def test_predict_draws_the_boxes_of_a_folder(cli, student, data, tmp_path):
 
 
 @pytest.mark.parametrize("draw", [False, True])
-def test_predict_leaves_out_unreadable_images_if_asked(cli, student, data, tmp_path, draw):
+def test_predict_leaves_out_unreadable_images_if_asked(cli, student, data, tmp_path, monkeypatch, draw):
     sound = sorted((data / "images").iterdir())[:2]
     for path in sound:
         shutil.copy(path, tmp_path)
@@ -347,8 +346,11 @@ def test_predict_leaves_out_unreadable_images_if_asked(cli, student, data, tmp_p
     failed = cli("predict", student[0], tmp_path, *flags)
     assert (failed.code, "broken.jpg cannot be read" in failed.message) == (1, True)
     shutil.rmtree(tmp_path / "drawn", ignore_errors=True)
+    opened, pillows = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(Path(file).name) or pillows(file))
     with pytest.warns(UserWarning, match="left out 1 of 3 images: .*broken.jpg cannot be read"):
         done = cli("predict", student[0], tmp_path, *flags, "--on-error", "skip")
+    assert sorted(opened) == sorted(["broken.jpg", *(path.name for path in sound)])  # each once
     assert [Path(row["image"]).name for row in done.json()] == [path.name for path in sound]
     only = cli("predict", student[0], tmp_path / "broken.jpg", *flags[:3], "--on-error", "skip")
     assert (only.code, "broken.jpg cannot be read" in only.message) == (1, True)

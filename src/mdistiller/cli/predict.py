@@ -3,11 +3,12 @@
 import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from mdistiller.cli.flags import Positional
@@ -47,28 +48,29 @@ class PredictCommand(Command):
         if not self.images:
             raise ConfigError("predict needs at least one image; see mdistiller predict --help")
         paths = [path for given in self.images for path in _files(given)]
-        if self.on_error == "skip":
-            paths = _readable(paths)
+        read: list[Path] = []
+        images = _read(paths, read, skip=self.on_error == "skip")
         predictor = load_predictor(self.source, self.device)
         deployment = predictor.deployment
         if self.out is not None:
-            _write(self.out, paths, predictor.outputs(paths))
-            print(json.dumps([str(p) for p in paths]) if self.as_json else "\n".join(map(str, paths)))
+            rows = predictor.outputs(images)
+            _write(self.out, read, rows)
+            print(json.dumps([str(p) for p in read]) if self.as_json else "\n".join(map(str, read)))
             return
         predictions: list[Predictions]
         if self.draw is None:
-            found = predictor.predict(paths, self.top)
+            found = predictor.predict(images, self.top)
             predictions = [[p for p in each if p[1] >= self.min_score] for each in found]
         else:
-            predictions = _draw(predictor, paths, self.draw, self.top, self.min_score)
-        rows = list(zip(paths, predictions, strict=True))
+            predictions = _draw(predictor, images, read, self.draw, self.top, self.min_score)
+        pairs = list(zip(read, predictions, strict=True))
         if self.as_json:
             name = deployment.predictions
             print(
-                json.dumps([{"image": str(path), name: [p._asdict() for p in each]} for path, each in rows])
+                json.dumps([{"image": str(path), name: [p._asdict() for p in each]} for path, each in pairs])
             )
             return
-        for path, each in rows:
+        for path, each in pairs:
             print(path)
             for prediction in each:
                 print(f"  {deployment.format_prediction(prediction)}")
@@ -94,32 +96,45 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _readable(paths: Sequence[Path]) -> list[Path]:
-    """Returns the images that can be read; raises DataError where there is none."""
-    kept, errors = [], []
+def _read(paths: Sequence[Path], read: list[Path], *, skip: bool) -> Iterator[Image.Image]:
+    """Yields images and adds their paths to `read`; with `skip`, warns about those that cannot be read.
+
+    Raises:
+        DataError: an image cannot be read, or with `skip` none.
+    """
+    errors = []
     for path in paths:
         try:
-            read_image(path)
-            kept.append(path)
+            image = read_image(path)
         except DataError as error:
             errors.append(error)
-    if errors and not kept:
+            if not skip:
+                break
+        else:
+            read.append(path)
+            yield image
+    if errors and not (skip and read):
         raise errors[0]
     if errors:
         warnings.warn(f"left out {len(errors)} of {len(paths)} images: {errors[0]}", stacklevel=2)
-    return kept
 
 
 def _draw(
-    predictor: Predictor, paths: Sequence[Path], folder: Path, top: int, min_score: float
+    predictor: Predictor,
+    images: Iterable[Image.Image],
+    read: list[Path],
+    folder: Path,
+    top: int,
+    min_score: float,
 ) -> list[Predictions]:
     """Writes a PNG of each prediction, and returns them; images of one name get numbers."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"draw: {folder} is not empty; allowed: a new or empty folder")
     names: Counter[str] = Counter()
     predictions: list[Predictions] = []
-    for path in paths:
-        drawn, found = predictor.draw(path, top, min_score)
+    for image in images:
+        path = read[-1]
+        drawn, found = predictor.draw(image, top, min_score)
         predictions.append(found)
         folder.mkdir(parents=True, exist_ok=True)
         names[path.stem] += 1

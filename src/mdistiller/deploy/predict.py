@@ -3,8 +3,9 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -149,8 +150,13 @@ class Predictor:
         """Returns an RGB image as input, prepared as evaluation prepares a test image."""
         return self.deployment.prepare(self.card, image)
 
-    def outputs(self, paths: Sequence[Path], batch_size: int = 32) -> Tensor:
-        """Returns the embedding, or the logits, of each image file, float32 [N, D].
+    def _batches(self, images: Iterable[Path | Image.Image], size: int) -> Iterator[list[Tensor]]:
+        prepared = map(self.prepare, map(_opened, images))
+        while batch := list(islice(prepared, size)):
+            yield batch
+
+    def outputs(self, images: Iterable[Path | Image.Image], batch_size: int = 32) -> Tensor:
+        """Returns the embedding, or the logits, of each image file or RGB image, float32 [N, D].
 
         Raises:
             DataError: an image cannot be read.
@@ -158,14 +164,12 @@ class Predictor:
         """
         if self.card.image_size is None:
             raise ConfigError("out: this student has no row of numbers for an image; use --json")
-        found: list[Tensor] = []
-        for start in range(0, len(paths), batch_size):
-            images = [self.prepare(read_image(path)) for path in paths[start : start + batch_size]]
-            found += self.run(torch.stack(images))
-        return torch.cat(found)
+        return torch.cat([self.run(torch.stack(batch))[0] for batch in self._batches(images, batch_size)])
 
-    def predict(self, paths: Sequence[Path], top: int = 5, batch_size: int = 32) -> list[Predictions]:
-        """Returns the `top` likeliest classes, or boxes, of each image file, or all if there are fewer.
+    def predict(
+        self, images: Iterable[Path | Image.Image], top: int = 5, batch_size: int = 32
+    ) -> list[Predictions]:
+        """Returns the `top` likeliest classes, or boxes, of each image file or RGB image, or fewer.
 
         Raises:
             DataError: an image cannot be read.
@@ -174,20 +178,25 @@ class Predictor:
         if top < 1:
             raise ConfigError(f"top: got {top}; allowed: 1 or more")
         found: list[Predictions] = []
-        for start in range(0, len(paths), batch_size):
-            images = [self.prepare(read_image(path)) for path in paths[start : start + batch_size]]
-            found += self.deployment.predict(self.run, self.card, images, top)
+        for batch in self._batches(images, batch_size):
+            found += self.deployment.predict(self.run, self.card, batch, top)
         return found
 
     @torch.no_grad()
-    def draw(self, path: Path, top: int = 5, min_score: float = 0.0) -> tuple[Image.Image, Predictions]:
+    def draw(
+        self, image: Path | Image.Image, top: int = 5, min_score: float = 0.0
+    ) -> tuple[Image.Image, Predictions]:
         """Returns the predictions of a score for an image file as an image, and as `predict` does.
 
         Raises:
             DataError: the image cannot be read.
             ConfigError: the task's predictions have no position.
         """
-        return self.deployment.draw(self.run, self.card, read_image(path), top, min_score)
+        return self.deployment.draw(self.run, self.card, _opened(image), top, min_score)
+
+
+def _opened(image: Path | Image.Image) -> Image.Image:
+    return image if isinstance(image, Image.Image) else read_image(image)
 
 
 def load_predictor(source: Path | str, device: str = "auto") -> Predictor:
