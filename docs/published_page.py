@@ -25,7 +25,9 @@ def published_sections() -> dict[str, str]:
     """Returns the Markdown of the published runs by method page, with a table for each source."""
     groups: dict[str, list[list[PublishedRun]]] = {}
     for data in _TITLES:
-        for _, runs in groupby(all_runs(data), lambda run: (run.method, run.optimizer, run.source)):
+        for _, runs in groupby(
+            all_runs(data), lambda run: (run.method, run.optimizer, run.source)
+        ):
             found = list(runs)
             groups.setdefault(found[0].method, []).append(found)
     pages: dict[str, list[str]] = {}
@@ -33,8 +35,14 @@ def published_sections() -> dict[str, str]:
         parts = pages.setdefault(page_of(method), ["## Published runs", _INTRODUCTION])
         parts += [f"### {method}"] if method != page_of(method) else []
         parts += ["\n".join(_table(runs)) for runs in groups[method]]
-        pairs = dict.fromkeys((run.data, run.pair) for runs in groups[method] for run in runs)
-        parts += ["\n".join(_reproduced(method, pairs))] if any(_reproduced(method, pairs)) else []
+        pairs = dict.fromkeys(
+            (run.data, run.pair) for runs in groups[method] for run in runs
+        )
+        parts += (
+            ["\n".join(_reproduced(method, pairs))]
+            if any(_reproduced(method, pairs))
+            else []
+        )
     return {page: "\n\n".join(parts) + "\n" for page, parts in pages.items()}
 
 
@@ -53,7 +61,9 @@ def _table(runs: list[PublishedRun]) -> Iterator[str]:
     texts = [f"{_TITLES[first.data]}. Settings: {first.source}."]
     figures = list(dict.fromkeys(run.figures or run.source for run in runs if run.top1))
     texts += [f"Figures: {'; '.join(figures)}."] if figures else []
-    texts += [] if first.optimizer == "sgd" else [f"With the optimizer `{first.optimizer}`."]
+    texts += (
+        [] if first.optimizer == "sgd" else [f"With the optimizer `{first.optimizer}`."]
+    )
     texts += dict.fromkeys(run.note for run in runs if run.note)
     yield " ".join(texts)
     yield ""
@@ -66,9 +76,18 @@ def _table(runs: list[PublishedRun]) -> Iterator[str]:
             *(f"`{line}`" for line in method_lines(run.fields, "")),
         ]
         more += [] if run.warmup is None else [f"warm-up {run.warmup}"]
-        more += [] if run.deltas is None else [f"deltas {' '.join(f'{delta:g}' for delta in run.deltas)}"]
-        more += [] if run.clip_norm is None else [f"gradient clipped at {run.clip_norm:g}"]
-        drops = ", ".join(map(str, run.drops)) or f"{run.schedule} to {run.min_lr:g}, rises {run.lr_warmup}"
+        more += (
+            []
+            if run.deltas is None
+            else [f"deltas {' '.join(f'{delta:g}' for delta in run.deltas)}"]
+        )
+        more += (
+            [] if run.clip_norm is None else [f"gradient clipped at {run.clip_norm:g}"]
+        )
+        drops = (
+            ", ".join(map(str, run.drops))
+            or f"{run.schedule} to {run.min_lr:g}, rises {run.lr_warmup}"
+        )
         cells = (
             *(run.pair, figure_text(run), log, f"{run.lr:g}", str(run.batch_size)),
             *(str(run.epochs or run.steps), drops, ", ".join(more)),

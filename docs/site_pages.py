@@ -32,7 +32,9 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
 def version():
     """Returns the package's version without an import of torch."""
-    text = (Path(__file__).parents[1] / "src/mdistiller/__init__.py").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "src/mdistiller/__init__.py").read_text(
+        encoding="utf-8"
+    )
     return re.search(r'__version__ = "(.+)"', text)[1]
 
 
@@ -108,7 +110,9 @@ def site_links(text, folder, docs, repository):
         return f"[{label}]({found}{'#' + anchor if anchor else ''})"
 
     parts = re.split(r"(^```.*?^```\s*$)", text, flags=re.DOTALL | re.MULTILINE)
-    return "".join(part if part.startswith("```") else _LINK.sub(change, part) for part in parts)
+    return "".join(
+        part if part.startswith("```") else _LINK.sub(change, part) for part in parts
+    )
 
 
 # Generated pages
@@ -136,7 +140,14 @@ def api_page(module):
     """Returns the reference of a module's public names."""
     names = importlib.import_module(module).__all__
     title = f"``{module}``"
-    parts = [title, "=" * len(title), "", f".. automodule:: {module}", "   :no-members:", ""]
+    parts = [
+        title,
+        "=" * len(title),
+        "",
+        f".. automodule:: {module}",
+        "   :no-members:",
+        "",
+    ]
     parts += [".. autosummary::", "", *(f"   {name}" for name in names), ""]
     found = importlib.import_module(module)
     for name in names:
@@ -157,7 +168,10 @@ def commands_page():
         "Configs are flags: `mdistiller train RECIPE --help` has those of the recipe's method and models.",
     ]
     for name in main.COMMANDS:
-        arguments = [name, *(["digits.dkd.resnet20_resnet8"] if name == "train" else [])]
+        arguments = [
+            name,
+            *(["digits.dkd.resnet20_resnet8"] if name == "train" else []),
+        ]
         parts += [f"## `mdistiller {' '.join(arguments)}`", block(help_of(arguments))]
     return "\n\n".join(parts) + "\n"
 
@@ -191,7 +205,9 @@ def rst_docstring(text):
 
     def display(match):
         body = match[1].strip()
-        indent = re.search(r"([ \t]*)\S*$", text[: match.start()].rsplit("\n", 1)[-1])[1]
+        indent = re.search(r"([ \t]*)\S*$", text[: match.start()].rsplit("\n", 1)[-1])[
+            1
+        ]
         lines = "\n".join(f"{indent}   {line.strip()}" for line in body.splitlines())
         return f"\n\n{indent}.. math::\n\n{lines}\n\n{indent}"
 

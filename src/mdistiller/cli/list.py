@@ -55,8 +55,8 @@ class ListCommand(Command):
             wrap = textwrap.TextWrapper(columns, subsequent_indent=indent, break_on_hyphens=False)
             lines = [part for line in lines for part in wrap.wrap(line)]
         print(*lines, sep="\n")
-        if note := task.notes.get(self.what):
-            print(f"\n{note}")
+        if self.what in task.notes:
+            print(f"\n{task.notes[self.what]}")
 
 
 def _table(rows: Sequence[Line]) -> list[str]:
