@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_va
 
 from mdistiller.errors import MDistillerError
 from mdistiller.methods import Method, MethodConfig, get_method
-from mdistiller.methods.changes import open_weights
+from mdistiller.methods.changes import open_weights, unset
 from mdistiller.methods.compose import method_config, needs_teacher
 from mdistiller.methods.none import NoneConfig
 from mdistiller.models import ModelConfig
@@ -416,11 +416,12 @@ def with_choices(config: RunConfig, choices: Mapping[str, str | float]) -> RunCo
 
 
 def with_choices_of(config: RunConfig, other: RunConfig) -> RunConfig:
-    """Returns a config with the values of another one in place of `auto`.
+    """Returns a config with the values of another one in place of `auto`, and of a method's None.
 
     The teacher gets the data's images if the other one's does, as in runs of earlier versions.
     """
     if config.teacher is not None and other.teacher is not None and other.teacher.images == "data":
         config = config.replace(teacher={"images": "data"})
-    found = {name: find_field(other, name) for name in open_fields(config)}
-    return with_choices(config, {name: value for name, value in found.items() if value is not None})
+    names = [*open_fields(config), *(f"method.{name}" for name in unset(config.method))]
+    found = {name: value for name in names if (value := find_field(other, name)) is not None}
+    return config.replace(**unflatten(found)) if found else config

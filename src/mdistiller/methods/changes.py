@@ -38,6 +38,12 @@ def _values(annotation: object) -> list[object]:
     return [value for part in parts for value in _values(part)] if parts else [annotation]
 
 
+def unset(config: MethodConfig) -> list[str]:
+    """Lists the fields of a method and of its parts that are None, by dotted name."""
+    found = [name for name, value in config if value is None]
+    return found + [f"{field}.{name}" for field, part in config.parts().items() for name in unset(part)]
+
+
 def open_weights(config: MethodConfig) -> list[str]:
     """Lists the fields `weight` of a method and of its parts with the value `auto`, by dotted name."""
     found = ["weight"] if getattr(config, "weight", None) == "auto" else []

@@ -3,7 +3,7 @@
 from statistics import fmean
 from typing import NamedTuple
 
-from mdistiller.config import RunConfig
+from mdistiller.config import RunConfig, with_choices_of
 from mdistiller.recipes import BASELINES, get_recipe, recipe_of
 from mdistiller.recipes.family import find_family, split_name
 from mdistiller.recipes.published import (
@@ -251,7 +251,7 @@ def describe_length(config: RunConfig) -> str | None:
 
 def differences(config: RunConfig, recipe: RunConfig) -> list[str]:
     """Lists fields of optimizer, length, batch and method that differ from the recipe's, with both values."""
-    mine, usual = (flatten(_values_of(c)) for c in (config, recipe))
+    mine, usual = (flatten(_values_of(c)) for c in (config, with_choices_of(recipe, config)))
     return [
         f"{name} {_text(mine.get(name))} for {_text(usual.get(name))}"
         for name in dict.fromkeys([*mine, *usual])

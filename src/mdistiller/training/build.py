@@ -82,7 +82,7 @@ def build_trainer(
     The student is trained in place, unless its method works on a copy. Without a teacher, it learns from the
     labels, or from its own moving average. Of several teachers, each has its part of `config.by_teacher()`.
     """
-    ema = None
+    config, ema = task.settle(config, student), None
     if config.learns_from_average and teacher is None:
         ema = AveragedModel(student, use_buffers=True).eval()
         teacher = ema.module

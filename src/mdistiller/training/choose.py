@@ -10,6 +10,7 @@ import torch
 from mdistiller.config import MEASURED, RunConfig, find_field, open_fields, with_choices
 from mdistiller.methods import Method
 from mdistiller.runs.progress import Reporter
+from mdistiller.settings import unflatten
 from mdistiller.training.balance import describe_weight, measure_weights
 from mdistiller.training.batches import AnySource
 from mdistiller.training.build import arrange, build_run, read_data
@@ -38,6 +39,7 @@ def build_fastest(
     weights = [name for name in open_fields(config) if name not in MEASURED]
     found: dict[str, str | float] = {**dict.fromkeys(weights, 1.0), **choices[0]}
     trainer, source = build_run(task, with_choices(config, found), world, data)
+    config = trainer.config.replace(**unflatten({name: find_field(config, name) for name in found}))
 
     def switch(choice: Mapping[str, str | float]) -> None:
         found.update(choice)

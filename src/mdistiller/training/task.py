@@ -71,6 +71,10 @@ class Task(ABC, Generic[C, D, B]):
         """Fills in fields left open that follow from others; `config.json` has the result."""
         return config
 
+    def settle(self, config: C, student: nn.Module) -> C:
+        """Fills in settings of the method that follow from what the student is; so does `config.json`."""
+        return config
+
     def check(self, config: C) -> None:
         """Checks models and checkpoints by name, before the data is read.
 

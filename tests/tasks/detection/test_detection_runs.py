@@ -22,11 +22,13 @@ from mdistiller.cli.plan import plan_lines
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.student import load_student
 from mdistiller.errors import ConfigError, DataError, Interrupted
+from mdistiller.recipes.describe import differences
 from mdistiller.report import write_report
 from mdistiller.report.markup import markdown_text
 from mdistiller.report.runs import load_run, summarise
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
+from mdistiller.runs.loggers import hyper_parameters
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.distiller import DetectionTeacher
@@ -168,6 +170,30 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_exactly(runs, data, tmp_
     assert timeless(tmp_path / "run") == timeless(folder / "student")
     with pytest.raises(ConfigError, match=r"cannot resume .* with another seed"):
         train(again.replace(seed=1), resume=True)
+
+
+@pytest.mark.parametrize("weight", ["auto", None])
+def test_settings_by_the_students_kind_are_in_the_config(runs, data, tmp_path, monkeypatch, weight):
+    """A version with other values for the kind then repeats the run."""
+    given = config(data, tmp_path / "run", epochs=1, **distilled(runs[0] / "teacher", "fgd+mgd"))
+    given = given.replace(method={"mgd": {"weight": weight}, "fgd": {"context_weight": 0.25}})
+    with pytest.raises(Interrupted):
+        train(given, reporter=StopAfter(2))
+    stored = load_config(tmp_path / "run" / "config.json")
+    fgd, mgd = stored.method.fgd, stored.method.mgd
+    assert (fgd.object_weight, fgd.context_weight, fgd.temperature, mgd.masked) == (5e-5, 0.25, 0.5, 0.45)
+    assert mgd.weight == 5e-7 if weight is None else mgd.weight > 0
+    assert differences(stored, given) == []
+    assert not any(name.startswith("method") for name in hyper_parameters(stored, given))
+    train(given, resume=True)
+    again = stored.replace(out=tmp_path / "again")
+    for kind in (type(fgd), type(mgd)):
+        monkeypatch.setitem(kind.by_kind, "proposals", dict.fromkeys(kind.by_kind["proposals"], 0.125))
+    train(again)
+    assert_same(tmp_path / "again" / "student.safetensors", tmp_path / "run" / "student.safetensors")
+    train(given.replace(out=tmp_path / "later"))
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "later" / "student.safetensors", tmp_path / "run" / "student.safetensors")
 
 
 def train_stored(values):

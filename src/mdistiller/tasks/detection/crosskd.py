@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mdistiller.methods.base import Card, Losses, Method, MethodConfig, Needs, promote
 from mdistiller.tasks.detection.adapter import Kind
 from mdistiller.tasks.detection.bckd import bckd_loss
-from mdistiller.tasks.detection.levels import by_kind
+from mdistiller.tasks.detection.levels import settled
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 
@@ -57,11 +57,10 @@ class CrossKDConfig(MethodConfig):
     """Number of the convolution of the student's head whose output enters the teacher's head. None: 3; 2 with
     points."""
 
-
-_AUTHORS: dict[Kind, dict[str, float]] = {
-    "anchors": {"weight": 1.0, "box_weight": 1.0, "hold": 3},
-    "points": {"weight": 0.4, "box_weight": 0.75, "hold": 2},
-}
+    by_kind: ClassVar[dict[Kind, dict[str, float]]] = {
+        "anchors": {"weight": 1.0, "box_weight": 1.0, "hold": 3},
+        "points": {"weight": 0.4, "box_weight": 0.75, "hold": 2},
+    }
 
 
 class CrossKD(Method):
@@ -82,7 +81,7 @@ class CrossKD(Method):
         self, config: CrossKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
     ) -> None:
         super().__init__(config, student, teacher, data)
-        self.settled = by_kind(config, student, _AUTHORS)
+        self.settled = settled(config, student)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         count = (batch.label > 0).sum()

@@ -4,6 +4,8 @@ Focal: the squared error of a level, weighed by the teacher's attention, apart f
 the distance of the attentions. Global: the error after a context block, which relates all positions.
 """
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -15,8 +17,8 @@ from mdistiller.tasks.detection.adapter import Kind
 from mdistiller.tasks.detection.levels import (
     OBJECTS,
     LevelMethod,
-    by_kind,
     positions_in_papers,
+    settled,
     without_pooled,
 )
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -94,6 +96,9 @@ class ContextBlock(nn.Module):
         return x + self.change(context)[:, :, None, None]
 
 
+_NAMES = ("object_weight", "background_weight", "attention_weight", "context_weight", "temperature")
+
+
 class FGDConfig(FeatureConfig):
     """Hyper-parameters of FGD. Those that are None are the authors' for the kind of the student."""
 
@@ -113,13 +118,11 @@ class FGDConfig(FeatureConfig):
     temperature: float | None = Field(default=None, gt=0)
     """Temperature of the attentions. None: 0.5; 0.8 with points."""
 
-
-_NAMES = ("object_weight", "background_weight", "attention_weight", "context_weight", "temperature")
-_AUTHORS: dict[Kind, dict[str, float]] = {
-    "anchors": dict(zip(_NAMES, (1e-3, 5e-4, 5e-4, 5e-6, 0.5), strict=True)),
-    "proposals": dict(zip(_NAMES, (5e-5, 2.5e-5, 5e-5, 5e-7, 0.5), strict=True)),
-    "points": dict(zip(_NAMES, (1.6e-3, 8e-4, 8e-4, 8e-6, 0.8), strict=True)),
-}
+    by_kind: ClassVar[dict[Kind, dict[str, float]]] = {
+        "anchors": dict(zip(_NAMES, (1e-3, 5e-4, 5e-4, 5e-6, 0.5), strict=True)),
+        "proposals": dict(zip(_NAMES, (5e-5, 2.5e-5, 5e-5, 5e-7, 0.5), strict=True)),
+        "points": dict(zip(_NAMES, (1.6e-3, 8e-4, 8e-4, 8e-6, 0.8), strict=True)),
+    }
 
 
 class FGD(LevelMethod):
@@ -138,7 +141,7 @@ class FGD(LevelMethod):
 
     def __init__(self, config: FGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        *self.weights, self.temperature = by_kind(config, student, _AUTHORS).values()
+        *self.weights, self.temperature = settled(config, student).values()
         self.student_contexts = nn.ModuleList(ContextBlock(t[1]) for t in self.teacher_shapes)
         self.teacher_contexts = nn.ModuleList(ContextBlock(t[1]) for t in self.teacher_shapes)
         self.positions = positions_in_papers(student, self.levels)

@@ -46,16 +46,21 @@ class Pyramid(nn.Module):
         return image.new_zeros(len(image), 2)
 
 
-def by_kind(
-    config: MethodConfig, student: nn.Module, authors: Mapping[Kind, Mapping[str, float]]
-) -> dict[str, float]:
-    """Returns the fields that depend on the student's kind: a config's, or for None the authors'.
+def settle(config: MethodConfig, kind: Kind) -> MethodConfig:
+    """Fills in the fields of a config that are None: by `by_kind` of its class, its authors' values.
 
     A set gets the values for anchors.
     """
+    authors = getattr(config, "by_kind", {})
+    values = authors.get(kind, authors.get("anchors", {}))
+    return config.model_copy(update={k: v for k, v in values.items() if getattr(config, k) is None})
+
+
+def settled(config: MethodConfig, student: nn.Module) -> dict[str, float]:
+    """Returns the values of the fields that depend on the student's kind."""
     assert isinstance(student, Pyramid)
-    values, given = authors.get(student.kind, authors["anchors"]), dict(config)
-    return {name: value if given[name] is None else given[name] for name, value in values.items()}
+    values = settle(config, student.kind)
+    return {name: getattr(values, name) for name in getattr(config, "by_kind", {}).get("anchors", ())}
 
 
 def octave(stride: float) -> int:

@@ -4,6 +4,8 @@ A random part of the positions of the student's map is set to zero, and two conv
 teacher's whole map from the rest: $L = \frac{\alpha}{B} \sum \big(G(f(F^S) \cdot M) - F^T\big)^2$.
 """
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -13,7 +15,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses, promote
 from mdistiller.methods.features import FeatureConfig, Weight
 from mdistiller.tasks.detection.adapter import Kind
-from mdistiller.tasks.detection.levels import LevelMethod, by_kind, positions_in_papers, without_pooled
+from mdistiller.tasks.detection.levels import LevelMethod, positions_in_papers, settled, without_pooled
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -53,11 +55,10 @@ class MGDConfig(FeatureConfig):
     masked: float | None = Field(default=None, ge=0, lt=1)
     """Fraction of positions that are masked. None: 0.65; 0.45 with proposals."""
 
-
-_AUTHORS: dict[Kind, dict[str, float]] = {
-    "anchors": {"weight": 2e-5, "masked": 0.65},
-    "proposals": {"weight": 5e-7, "masked": 0.45},
-}
+    by_kind: ClassVar[dict[Kind, dict[str, float]]] = {
+        "anchors": {"weight": 2e-5, "masked": 0.65},
+        "proposals": {"weight": 5e-7, "masked": 0.45},
+    }
 
 
 class MGD(LevelMethod):
@@ -71,7 +72,7 @@ class MGD(LevelMethod):
 
     def __init__(self, config: MGDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
-        self.settled = by_kind(config, student, _AUTHORS)
+        self.settled = settled(config, student)
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(t[1], t[1], 3, padding=1), nn.ReLU(), nn.Conv2d(t[1], t[1], 3, padding=1))
             for t in self.teacher_shapes

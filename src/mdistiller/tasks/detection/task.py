@@ -1,5 +1,6 @@
 """Object detection as a task."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,14 +10,17 @@ from mdistiller.config import RunConfig
 from mdistiller.data.loader import Order
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
+from mdistiller.methods.changes import change_all, unset
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata
+from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.coco import DetectionSet, train_transform
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
 from mdistiller.tasks.detection.distiller import DetectionDistiller, freeze
 from mdistiller.tasks.detection.evaluate import METRICS, DetectionEvaluator
 from mdistiller.tasks.detection.layouts import load_detection, load_split
+from mdistiller.tasks.detection.levels import settle
 from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.tasks.detection.methods import build_method, describe, list_detection_methods
 from mdistiller.tasks.detection.models import (
@@ -66,6 +70,12 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
 
     def build_model(self, config: DetectionConfig, model: ModelConfig, data: DetectionSplits) -> nn.Module:
         return build_for_data(model, data, new=model is not config.teacher, **config.augment.size)
+
+    def settle(self, config: DetectionConfig, student: nn.Module) -> DetectionConfig:
+        if not unset(config.method):
+            return config
+        method = change_all(config.method, partial(settle, kind=adapter_of(student).kind))
+        return config.model_copy(update={"method": method})
 
     def build_method(
         self, config: DetectionConfig, student: nn.Module, teacher: nn.Module | None, data: DetectionSplits
