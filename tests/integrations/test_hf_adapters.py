@@ -124,6 +124,28 @@ def test_an_adapted_model_has_the_taps_of_its_own_model(name):
         torch.testing.assert_close(found.features[tap], expected.features[tap], msg=tap)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_adapters_without_peft_s_module_are_refused(tmp_path, monkeypatch, when):
+    """Transformers saves them alone, and the trainer resumes from the whole model."""
+    # Versions of transformers ask for versions of PEFT that are not released.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    config = peft.LoraConfig(r=2, target_modules=["query", "q_proj"])
+    student = vit()
+    if when == "before":
+        student.add_adapter(config)
+    made = mdistiller.Distiller(student, vit(32), "kd")
+    run = trainer(tmp_path, made, save_strategy="steps", save_steps=2)
+    if when == "after":
+        made.student.add_adapter(config)
+    before = copy.deepcopy(made.state_dict())
+    with pytest.raises(ConfigError, match=r"from add_adapter .*allowed: Distiller\(peft.get_peft_model"):
+        run.train()
+    same(made, type("Before", (), {"state_dict": lambda _: before})())
+    out = made.train()(IMAGES[:2], torch.tensor([0, 1]))  # one's own loop
+    out.loss.backward()
+    assert all(("lora_" in name) == (p.grad is not None) for name, p in student.named_parameters())
+
+
 class Words(nn.Module):
     def __init__(self):
         super().__init__()

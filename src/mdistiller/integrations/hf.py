@@ -84,6 +84,14 @@ class DistillTrainer(Trainer):
         super().__init__(DistillModel(distiller), args, **trainer)
         self.distiller, self.student = distiller, distiller.student
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        if getattr(self.student, "_hf_peft_config_loaded", False):
+            raise ConfigError(
+                "DistillTrainer: the student got adapters from add_adapter or load_adapter, and checkpoints "
+                "would lack its other weights; allowed: Distiller(peft.get_peft_model(student, config), …)"
+            )
+        return super().train(*args, **options)
+
     def compute_loss(
         self,
         model: torch.nn.Module,
