@@ -518,6 +518,14 @@ def dist(f: Any, s: Tensor, t: Tensor, _: Tensor) -> Pair:
     return f(2.0, 2.0, 4.0)(s, t), ours.dist_loss(s, t)
 
 
+@case("DeiT", "losses.py", "DistillationLoss", logits, note="hard, and soft times the number of classes")
+def deit(f: Any, s: Tensor, t: Tensor, _: Tensor) -> Pair:
+    hard, soft = (
+        f(lambda *x: 0.0, lambda x: t, kind, 1.0, 3.0)(None, (s, s), None) for kind in ("hard", "soft")
+    )
+    return hard + soft * s.shape[1], ours.deit_loss(s, t) + ours.deit_loss(s, t, hard=False)
+
+
 @case("NKD", "mmcls/models/dis_losses/nkd.py", "NKDLoss", logits)
 def nkd(f: Any, s: Tensor, t: Tensor, y: Tensor) -> Pair:
     return f("", True, 3.0, 1.5)(s, t, y), ours.nkd_loss(s, t, y, gamma=1.5)

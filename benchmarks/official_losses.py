@@ -46,6 +46,7 @@ BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 OTHERS = {
     "CRLD": "arcaninez/CRLD@fe42473",
     "OFA": "Hao840/OFAKD@f7bb896",
+    "DeiT": "facebookresearch/deit@7e160fe",
     "SRD": "roymiles/Simple-Recipe-Distillation@31e8477",
     "SRRL": "jingyang2017/KD_SRRL@d2e802f",
     "L2D": "penghui-yang/L2D@ea7fa55",

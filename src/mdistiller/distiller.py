@@ -367,7 +367,9 @@ class Distiller(nn.Module):
         if checks and self._has_classes and task is None and logits.ndim == 2:
             check_target(self.method, batch.label, logits)
         labelled = target is not None or self.method.config.task_weight > 0
-        own = task if task is not None else self.task_loss(student, batch) if labelled else {}
+        tap = self.method.needs.task_tap
+        judged = student._replace(logits=student.features[tap]) if tap else student
+        own = task if task is not None else self.task_loss(judged, batch) if labelled else {}
         has_class: Tensor | None = None
         if self._as_rows and logits.ndim > 2 and not batch.label.is_floating_point():
             student, teacher, batch, has_class = labelled_rows(student, teacher, batch)

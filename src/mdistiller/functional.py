@@ -12,6 +12,7 @@ from mdistiller.methods.crd import crd_loss
 from mdistiller.methods.crld import crld_loss
 from mdistiller.methods.cwd import cwd_loss
 from mdistiller.methods.deepkd import deepkd_loss
+from mdistiller.methods.deit import deit_loss
 from mdistiller.methods.dist import dist_loss
 from mdistiller.methods.dkd import dkd_loss, nckd_loss, tckd_loss
 from mdistiller.methods.gdkd import gdkd_loss
@@ -52,6 +53,7 @@ __all__ = [
     "crld_loss",
     "cwd_loss",
     "deepkd_loss",
+    "deit_loss",
     "dist_loss",
     "dkd_loss",
     "gdkd_loss",

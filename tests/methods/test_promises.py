@@ -136,6 +136,9 @@ CASES = {
     "deepkd_loss": Case(
         [(*LOGITS, IDS)], [{"k": 3}], extremes=WITH_IDS, extreme_settings=[{"k": 1}, {"k": 2}]
     ),
+    "deit_loss": Case(
+        [LOGITS], [{}, {"hard": False}], 1, ALONE, [{"hard": True}, {"hard": False, "temperature": 1.0}]
+    ),
     "dist_loss": Case([pair(6, 7)], extremes=ALONE, extreme_settings=HOT),
     "dkd_loss": DECOUPLED,
     "gdkd_loss": Case(
@@ -229,6 +232,7 @@ SIGNATURES = {
     "cwd_loss": "(student, teacher, *, temperature=4.0)",
     "deepkd_loss": "(student_logits, teacher_logits, target, *, k, alpha=1.0, beta=8.0, temperature=4.0, "
     f"{TARGETS}",
+    "deit_loss": "(student_logits, teacher_logits, *, hard=True, temperature=3.0)",
     "dist_loss": "(student_logits, teacher_logits, *, beta=2.0, gamma=2.0, temperature=4.0)",
     "dkd_loss": "(student_logits, teacher_logits, target, *, alpha=1.0, beta=8.0, temperature=4.0, "
     f"{TARGETS}",

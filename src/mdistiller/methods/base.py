@@ -135,6 +135,8 @@ class Needs:
     """At most one class for each image. False: the losses contain neither labels nor a softmax."""
     logits: bool = True
     """The teacher's logits, or its classifier. False: any teacher with the tapped features serves."""
+    task_tap: str = ""
+    """Tap of the student whose logits the task loss reads; empty: those that the student returns."""
 
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig, default=MethodConfig, covariant=True)
