@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
-from mdistiller.recipes.describe import figure_text, method_lines, reproduced_text
-from mdistiller.recipes.published import PublishedRun, all_runs, find_reproduced
+from mdistiller.recipes.describe import figure_text, method_lines
+from mdistiller.recipes.published import PublishedRun, Values, all_runs, find_reproduced
 
 _TITLES = {
     "cifar100": "CIFAR-100",
@@ -54,6 +54,16 @@ def _reproduced(method: str, pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
         for run in find_reproduced(data, method, pair)
     ]
     yield from ["Reproduced elsewhere, in percent top-1:", "", *lines] if lines else []
+
+
+def reproduced_text(run: Values) -> str:
+    """Returns the figures of a run by others, its source and what is known about it, in one line."""
+    top1 = " to ".join(f"{value:.2f}" for value in run.top1)
+    last = "" if run.log is None else f"{run.log[0]:.2f} last, "
+    known = [f"teacher {run.teacher:g} %"] if run.teacher is not None else []
+    known += [run.note] if run.note else []
+    epoch = f" {run.epoch}" if run.epoch != "unstated" else ""
+    return f"{last}{top1}{epoch}, {run.source}" + (f" ({'; '.join(known)})" if known else "")
 
 
 def _table(runs: list[PublishedRun]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from mdistiller.recipes import get_recipe
 
@@ -10,26 +11,26 @@ from mdistiller.recipes import get_recipe
 def test_a_published_recipe(cli):
     done = cli("show", "cifar100.mlkd.vgg13_vgg8")
     assert (done.code, done.err) == (0, "")
-    first, *lines = done.out.splitlines()
-    assert first == "cifar100.mlkd.vgg13_vgg8: 75.18 (best)"
+    shown = yaml.safe_load(done.out)
+    assert list(shown)[:2] == ["recipe", "status"]
+    assert shown["status"] == "75.18 (best)"
     # The authors' schedule, and that of LSKD's code.
-    assert [line for line in lines if line.startswith(("published", "our default"))] == [
-        "published: 75.18 (best)",
-        "published: no figure",
-        "our default: Jin-Ying/Multi-Level-Logit-Distillation@5ee473f:configs/cifar100/ours/",
-    ]
-    assert lines.count("  drops 150, 180, 210") == 3
-    assert "  epochs 480" in lines
-    assert "  lr 0.025" in lines
+    first, second = shown["published"]
+    assert first["source"] == shown["default_source"]
+    assert first["source"] == "Jin-Ying/Multi-Level-Logit-Distillation@5ee473f:configs/cifar100/ours/"
+    assert "top1" not in second
+    assert {tuple(values["drops"]) for values in (first, second, shown["default"])} == {(150, 180, 210)}
+    assert second["epochs"] == 480
+    assert shown == cli("show", "cifar100.mlkd.vgg13_vgg8", "--json").json()
 
 
 def test_a_recipe_that_nobody_published(cli):
     done = cli("show", "cifar100.lskd-dkd.vgg13_resnet8x4")
-    assert done.out.startswith("cifar100.lskd-dkd.vgg13_resnet8x4: default, not published\n")
-    assert (
-        "our default: default, not published; values of other pairs or data, from sunshangquan/" in done.out
-    )
-    assert "  method.base.beta 54" in done.out
+    shown = yaml.safe_load(done.out)
+    assert (shown["status"], shown["published"]) == ("default, not published", [])
+    origin = "default, not published; values of other pairs or data, from sunshangquan/"
+    assert shown["default_source"].startswith(origin)
+    assert shown["default"]["method"]["base"]["beta"] == 54
 
 
 def test_json(cli):

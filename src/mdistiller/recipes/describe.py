@@ -18,13 +18,6 @@ from mdistiller.runs.progress import counted
 from mdistiller.settings import flatten
 from mdistiller.types import Line
 
-_SHOWN = (
-    *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "delta", "deltas", "clip_norm"),
-    *("batch_size", "epochs", "steps", "drops", "schedule", "lr_warmup", "min_lr", "warmup", "views"),
-    "augment",
-)
-"""Fields of a published run that are printed where they have a value."""
-
 
 class Found(NamedTuple):
     """Published runs of a recipe on the same data, the first one of which has the recipe's values.
@@ -72,16 +65,6 @@ def figure_text(run: PublishedRun) -> str:
     return f"{fmean(run.top1):.2f} ({', '.join(marks)})"
 
 
-def reproduced_text(run: Values) -> str:
-    """Returns the figures of a run by others, its source and what is known about it, in one line."""
-    top1 = " to ".join(f"{value:.2f}" for value in run.top1)
-    last = "" if run.log is None else f"{run.log[0]:.2f} last, "
-    known = [f"teacher {run.teacher:g} %"] if run.teacher is not None else []
-    known += [run.note] if run.note else []
-    epoch = f" {run.epoch}" if run.epoch != "unstated" else ""
-    return f"{last}{top1}{epoch}, {run.source}" + (f" ({'; '.join(known)})" if known else "")
-
-
 def status(runs: tuple[PublishedRun, ...]) -> str:
     """Returns the published figure of a recipe, or a text in place of it."""
     if not runs:
@@ -108,14 +91,14 @@ def show_recipe(name: str) -> Line:
     """
     config = get_recipe(name, open_teacher=True)
     found = find_published(config.recipe)
-    published = [run.model_dump(exclude_defaults=True) for run in found.runs]
+    published = [run.model_dump(mode="json", exclude_defaults=True) for run in found.runs]
     return {
         "recipe": config.recipe,
         "status": status(found.runs),
         "published": published,
-        "reproduced": [run.model_dump(exclude_defaults=True) for run in found.reproduced],
-        "default": _values_of(config),
+        "reproduced": [run.model_dump(mode="json", exclude_defaults=True) for run in found.reproduced],
         "default_source": _source_of(found),
+        "default": _values_of(config),
     }
 
 
@@ -167,7 +150,7 @@ def _values_of(config: RunConfig) -> Line:
         **{"steps": config.max_steps, "drops": list(drops_of(config)) if drops else None},
         **{"schedule": None if drops else optim.schedule, "clip_norm": optim.clip_norm},
         "deltas": list(optim.deltas) if optim.name == "deepkd" else None,
-        "method": config.method.model_dump(),
+        "method": config.method.model_dump(mode="json"),
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -176,41 +159,6 @@ def drops_of(config: RunConfig) -> tuple[float, ...]:
     """Returns the epochs (steps, if `max_steps` ends the run) after which the rate drops."""
     length = config.epochs if config.max_steps is None else config.max_steps
     return tuple(round(milestone * length, 2) for milestone in config.optim.milestones)
-
-
-def recipe_lines(name: str) -> list[str]:
-    """Returns what `mdistiller show` prints about a recipe."""
-    shown, found = show_recipe(name), find_published(name)
-    lines = [f"{shown['recipe']}: {shown['status']}"]
-    for run in found.runs:
-        lines += ["", f"published: {figure_text(run)}", *_run_lines(run)]
-    if found.reproduced:
-        lines += ["", "reproduced elsewhere (% top-1):"]
-        lines += [f"  {reproduced_text(run)}" for run in found.reproduced]
-    return [*lines, "", f"our default: {shown['default_source']}", *_value_lines(shown["default"])]
-
-
-def _run_lines(run: PublishedRun) -> list[str]:
-    lines = [f"  settings from {run.source}"]
-    if run.top1:
-        lines.append(f"  figures from {run.figures or run.source}: {_text(run.top1)} % top-1")
-    if run.log is not None:
-        lines.append(f"  log of one run: last epoch {run.log[0]:.2f} %, best {run.log[1]:.2f} %")
-    if run.teacher is not None:
-        lines.append(f"  teacher there: {run.teacher:.2f} %")
-    hidden = {"views": run.views == 1, "delta": run.optimizer != "dot", "schedule": run.schedule == "step"}
-    values = {name: getattr(run, name) for name in _SHOWN if not hidden.get(name)}
-    given = {name: value for name, value in values.items() if value not in (None, False, "", ())}
-    return [
-        *lines,
-        *_value_lines(given | {"method": run.fields}),
-        *([f"  note: {run.note}"] * bool(run.note)),
-    ]
-
-
-def _value_lines(values: Line) -> list[str]:
-    own = [f"{name} {_text(value)}" for name, value in values.items() if name != "method"]
-    return [f"  {line}" for line in [*own, *method_lines(values["method"])]]
 
 
 def method_lines(values: Line, prefix: str = "method.") -> list[str]:
