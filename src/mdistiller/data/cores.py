@@ -7,8 +7,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-from mdistiller.data.memory import control_groups
-
 _MOST = 16  # workers that feed the fastest GPU with photographs
 _SHARED = Path("/dev/shm")  # of the batches that workers hand over, on Linux
 _ROOM = 1_000_000_000  # bytes for many workers; containers often have 64 MB
@@ -36,25 +34,12 @@ def count_workers(workers: Workers) -> int:
     return max(1, min(count, _MOST if _shared_memory() >= _ROOM else _FEW))
 
 
-def count_cores(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Counts the cores that this process may use: by its affinity, and by the quota of its control groups."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
-    found = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    quotas = [_quota(folder) for folder in control_groups("cpu", proc, groups)]
-    return max(1, math.floor(min([found, *quotas])))
+def count_cores() -> int:
+    """Counts the cores that this process may use, by its affinity and the quota of its control group."""
+    from joblib import cpu_count  # takes a moment
 
-
-def _quota(folder: Path) -> float:
-    """Returns the cores of a control group, version 2 or 1; infinity without a limit."""
-    try:
-        if (version2 := folder / "cpu.max").is_file():
-            quota, period = version2.read_text().split()
-        else:
-            quota = (folder / "cpu.cfs_quota_us").read_text()
-            period = (folder / "cpu.cfs_period_us").read_text()
-        return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError, ZeroDivisionError):  # the text "max" is no number
-        return math.inf
+    found: int = cpu_count()
+    return found
 
 
 def _shared_memory() -> float:

@@ -39,38 +39,26 @@ def _machine(proc: Path) -> int:
         return _UNKNOWN
 
 
-def control_groups(controller: str, proc: Path, groups: Path) -> Iterator[Path]:
-    """Yields the folders of this process's control group and of those around it, versions 1 and 2.
-
-    Args:
-        controller: its name, such as memory; in version 1 each has a hierarchy of its own.
-        proc: mount point of the file system proc.
-        groups: mount point of the control groups.
-    """
+def _control_groups(proc: Path, groups: Path) -> Iterator[int]:
+    """Yields the free bytes of this process's control group and of those around it, versions 1 and 2."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
         return
+    versions = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
+        if controllers and "memory" not in controllers.split(","):
             continue
-        base = groups / controller if controllers else groups
-        inside = Path(path.strip("/"))
-        yield from (base / inside, *(base / parent for parent in inside.parents))
-
-
-def _control_groups(proc: Path, groups: Path) -> Iterator[int]:
-    """Yields the free bytes of control groups."""
-    versions = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-    for folder in control_groups("memory", proc, groups):
-        for limit, used in versions:
-            try:
-                # The text "max" is no number: no limit.
-                free = int((folder / limit).read_text()) - int((folder / used).read_text())
-            except (OSError, ValueError):
-                continue
-            yield free + _cache(folder)
+        base, inside = groups / "memory" if controllers else groups, Path(path.strip("/"))
+        for folder in (base / inside, *(base / parent for parent in inside.parents)):
+            for limit, used in versions:
+                try:
+                    # The text "max" is no number: no limit.
+                    free = int((folder / limit).read_text()) - int((folder / used).read_text())
+                except (OSError, ValueError):
+                    continue
+                yield free + _cache(folder)
 
 
 def _cache(folder: Path) -> int:
