@@ -231,7 +231,7 @@ class RunConfig(Settings):
     @classmethod
     def _find_method(cls, value: object) -> object:
         if isinstance(value, str):
-            return method_config(value, cls.method_class)
+            return cls.method_named(value)
         if isinstance(value, dict):
             name = value.get("name", "none")
             if not isinstance(name, str):
@@ -254,6 +254,9 @@ class RunConfig(Settings):
             raise ValueError("method.task_weight: the task loss belongs to the run's method; allowed: 0")
         found = cls._find_method(given)
         if isinstance(found, MethodConfig):
+            if isinstance(given, Mapping):
+                fields = {name: value for name, value in given.items() if name != "name"}
+                found = cls.method_named(found.method_name).replace(**fields)
             found = found.replace(task_weight=0.0)
             if name := next(iter(open_weights(found)), None):
                 raise ValueError(f"method.{name}: auto is measured for the run's method; allowed: a number")
@@ -327,6 +330,11 @@ class RunConfig(Settings):
             UnknownNameError: no such method.
         """
         return get_method(name)
+
+    @classmethod
+    def method_named(cls, name: str) -> MethodConfig:
+        """Returns a method's config with the task's defaults; errors as `method_class`."""
+        return method_config(name, cls.method_class)
 
     @classmethod
     def known_fields(cls, values: Mapping[str, object]) -> dict[str, type[BaseModel] | None]:

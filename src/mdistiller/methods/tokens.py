@@ -167,6 +167,11 @@ class Tokens(FeatureMethod[TokensConfig]):
             pairs = [(last_patches(student), last_patches(teacher))] if config.patch_weight else []
             pairs += [("pooled", "pooled")] * bool(config.global_weight and not data.are_embeddings)
             taps = tuple(s for s, _ in pairs), tuple(t for _, t in pairs)
+        elif data.taps is not None and config.global_weight:
+            raise ConfigError(
+                f"global_weight: got {config.global_weight:g}; a detector or segmentation model has no "
+                "embedding; allowed: 0"
+            )
         self._embeds = data.are_embeddings and config.global_weight > 0
         super().__init__(config, student, teacher, data._replace(taps=taps))
         if self._embeds:
@@ -183,8 +188,8 @@ class Tokens(FeatureMethod[TokensConfig]):
         self._pending = (teacher, data) if config.standardize else None
         if config.standardize and data.images is None:
             raise ConfigError(
-                "method.standardize: it reads the training images through mdistiller.train; allowed in your "
-                "own loop: false"
+                "method.standardize: it reads the training images of classifiers and of task embed through "
+                "mdistiller.train; allowed otherwise: false"
             )
 
     def _head(self, width: int, out: int) -> nn.Module:

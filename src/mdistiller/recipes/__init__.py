@@ -123,7 +123,7 @@ def _teacher_of(family: Family, teacher: ModelConfig | str) -> ModelConfig:
         return teacher
     if teacher == SELF:
         return ModelConfig(name=SELF)
-    return family.teacher_config(family.find_model(teacher))
+    return family.teacher_config(family.find_teacher(teacher))
 
 
 def recipe_of(config: RunConfig) -> RunConfig | None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from mdistiller.config import SELF
 from mdistiller.errors import UnknownNameError
+from mdistiller.models.backbone import is_backbone
 from mdistiller.recipes.family import Family
 
 
@@ -23,6 +24,9 @@ class BackboneFamily(Family):
         """Whether a model, perhaps of a library, has this name."""
         return name in self.models()[0]
 
+    def find_teacher(self, name: str) -> str:
+        return name if is_backbone(name, self.find_model) else self.find_model(name)
+
     def split_pair(self, pair: str) -> tuple[str, str]:
         head, _, names = pair.partition("_")
         backbones = self.backbones.get(head, ())
@@ -34,6 +38,8 @@ class BackboneFamily(Family):
         for i in range(1, len(parts)):
             teacher, student = "_".join(parts[:i]), "_".join(parts[i:])
             if self.is_model(student) and (teacher == SELF or self.is_model(teacher)):
+                return teacher, student
+            if self.is_model(student) and is_backbone(teacher, self.find_model):
                 return teacher, student
         raise UnknownNameError(self.what, pair, self.pairs, self.hint)
 

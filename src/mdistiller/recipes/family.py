@@ -74,6 +74,10 @@ class Family:
             raise UnknownNameError("model", name, known, nearest=self._nearest(name))
         return self.aliases.get(name, name)
 
+    def find_teacher(self, name: str) -> str:
+        """Returns the full name of a teacher; errors as `find_model`."""
+        return self.find_model(name)
+
     def split_pair(self, pair: str) -> tuple[str, str]:
         """Splits a pair of a recipe name into the full names of teacher and student."""
         try:

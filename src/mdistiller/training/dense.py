@@ -17,6 +17,7 @@ from mdistiller.data.cores import Workers
 from mdistiller.data.labels import stratified_cut
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models import ModelConfig
+from mdistiller.models.backbone import is_backbone
 from mdistiller.settings import Settings
 from mdistiller.training.deployment import Deployment, Model
 from mdistiller.training.distributed import World
@@ -96,6 +97,11 @@ class DenseConfig(RunConfig):
 
     data: DenseDataConfig
 
+    @staticmethod
+    @abstractmethod
+    def check_name(name: str) -> None:
+        """Raises UnknownNameError for a name that is none of the task's models."""
+
     def absolute(self) -> Self:
         whole = super().absolute()
         update: dict[str, object] = {"student": _absolute(whole.student)}
@@ -113,7 +119,9 @@ class DenseConfig(RunConfig):
     def _check_models(self) -> Self:
         self.method_class(self.method.method_name)
         for teacher in (self.teacher, *self.more_teachers):
-            if teacher is not None and teacher.own_fields:
+            if teacher is None or is_backbone(teacher.name, self.check_name):
+                continue
+            if teacher.own_fields:
                 raise ValueError(f"teacher.{teacher.own_fields[0]}: {self.teacher_images}; allowed: None")
         for name, (allowed, reason) in self.refused.items():
             if find_field(self, name) != allowed:

@@ -22,7 +22,7 @@ from mdistiller.models.external import (
     without_pretraining,
 )
 from mdistiller.models.layers import classifier_paths
-from mdistiller.models.own_input import with_own_input, without_own_input
+from mdistiller.models.own_input import OwnInput, with_own_input, without_own_input
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, initialise_classifier, read_metadata
 from mdistiller.settings import explain
@@ -145,6 +145,21 @@ def build_teacher(teacher: ModelConfig, data: Splits) -> nn.Module:
     model = build_model(teacher, data.num_classes)
     order_classes(model, teacher.checkpoint, data, strict=False)
     return prepare_for(teacher, model, data)
+
+
+def build_backbone(teacher: ModelConfig, given: InputConfig) -> nn.Module:
+    """Builds a teacher without a classifier, for images of a mean and standard deviation and of any size.
+
+    Raises:
+        ConfigError: mean, standard deviation or size of its own images are not known.
+    """
+    own = own_input(teacher)
+    if open_fields := [name for name, value in own._asdict().items() if value is None]:
+        raise ConfigError(
+            f"teacher.{open_fields[0]}: unknown for {teacher.name}; give --teacher.mean, --teacher.std and "
+            "--teacher.image-size, those of the images that it was trained on"
+        )
+    return OwnInput(build_model(teacher, 0), given, own)
 
 
 class Ensemble(nn.Module):

@@ -91,6 +91,9 @@ class DetectorAdapter(ABC):
     distributions over the sides of a box also `queries.sides` [B, L, Q, 4, bins], logits for left, top, right
     and bottom, and `queries.places`, of that shape, each bin's coordinate as a fraction of the image."""
 
+    names: tuple[str, ...] = ()
+    """Levels that a method reads of a backbone; none: its last one. A detector has all of its levels."""
+
     hold: int | None = None
     """Number of the convolution in each branch of the head whose output is kept in a pass; None: of none."""
 

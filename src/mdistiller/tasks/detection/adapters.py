@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import promote
+from mdistiller.models.own_input import OwnInput
 from mdistiller.taps import without_storage
 from mdistiller.tasks.detection.adapter import (
     Activation,
@@ -20,6 +21,7 @@ from mdistiller.tasks.detection.adapter import (
     float32_coordinates,
     recorded,
 )
+from mdistiller.tasks.detection.backbone import BackboneAdapter
 from mdistiller.tasks.detection.levels import scale_between
 from mdistiller.teacher import EvalMode
 from mdistiller.types import IGNORED
@@ -43,6 +45,8 @@ def adapter_of(model: nn.Module) -> DetectorAdapter:
     Raises:
         ConfigError: the model is neither a detector of torchvision, nor built like one, nor has an adapter.
     """
+    if isinstance(model, OwnInput):
+        return BackboneAdapter(model)
     own = getattr(model, "detector_adapter", None)
     if own is not None:
         if not (isinstance(own, type) and issubclass(own, DetectorAdapter)):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from mdistiller.config import RunConfig
-from mdistiller.methods import Method
+from mdistiller.methods import Method, MethodConfig
 from mdistiller.settings import Settings
-from mdistiller.tasks.detection.methods import get_method
+from mdistiller.tasks.detection.methods import default_config, get_method
+from mdistiller.tasks.detection.models import check_detector
 from mdistiller.training.dense import DenseConfig, DenseDataConfig, rising_factors
 from mdistiller.types import Metric
 
@@ -66,17 +67,14 @@ class DetectionConfig(DenseConfig):
     headline = Metric(
         "AP", "%", "Average precision", "test AP (COCO's mean over overlaps of 0.5 to 0.95)", "test AP"
     )
+    check_name: ClassVar = staticmethod(check_detector)
     teacher_images = "a detector normalises and scales its images itself, by the options of its model"
     refused = {  # noqa: RUF012
         "probe_epochs": (0, "a detector has no classifier to train alone"),
         "gradient_checkpointing": (False, "a detector has no known blocks"),
         "compile": ("off", "a detector runs without torch.compile"),
     }
-    hidden_flags = (
-        *RunConfig.hidden_flags,
-        *("probe_epochs", "gradient_checkpointing", "compile"),
-        *(f"teacher.{name}" for name in ("mean", "std", "image_size", "images")),
-    )
+    hidden_flags = (*RunConfig.hidden_flags, "probe_epochs", "gradient_checkpointing", "compile")
 
     task: Literal["detection"] = "detection"
     data: DetectionDataConfig = DetectionDataConfig()
@@ -88,3 +86,7 @@ class DetectionConfig(DenseConfig):
     @classmethod
     def method_class(cls, name: str) -> type[Method]:
         return get_method(name)
+
+    @classmethod
+    def method_named(cls, name: str) -> MethodConfig:
+        return default_config(name)

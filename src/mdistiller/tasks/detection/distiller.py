@@ -112,6 +112,7 @@ class DetectionTeacher(Teacher):
         super().__init__(model)
         self.adapter = adapter_of(model)
         self.taps, self.logits, self.hold = taps, logits, hold
+        self.adapter.names = tuple(taps)
 
     def forward(self, batch: AnyBatch, context: object = None) -> Outputs:
         """Computes the teacher's outputs for a training pass of the student, its `context`.
@@ -178,6 +179,8 @@ class DetectionDistiller(Distiller):
         teacher: another one of the same classes; None for method "none". For methods that compare levels, it
             may be a detector of another kind.
         method: a method's name, with its defaults for detectors, its config, or a built `Method`.
+        teacher_input: mean, standard deviation and size of the images of a teacher without boxes, such as a
+            foundation model, for methods that compare levels; of several teachers, a list.
         total_steps, teacher_weights, teacher_dropout, settings: as in `Distiller`.
 
     Raises:
@@ -193,6 +196,7 @@ class DetectionDistiller(Distiller):
         method: AnyMethod | Sequence[AnyMethod] = "dkd",
         *,
         total_steps: int | None = None,
+        teacher_input: object = None,
         teacher_weights: Sequence[float] | None = None,
         teacher_dropout: float = 0.0,
         **settings: object,
@@ -206,6 +210,8 @@ class DetectionDistiller(Distiller):
         super().__init__(
             *(student, teacher, method),
             total_steps=total_steps,
+            student_input=None if teacher_input is None else {"mean": (0, 0, 0), "std": (1, 1, 1)},
+            teacher_input=teacher_input,
             teacher_weights=teacher_weights,
             teacher_dropout=teacher_dropout,
         )

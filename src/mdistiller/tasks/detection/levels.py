@@ -37,7 +37,7 @@ class Pyramid(nn.Module):
         self.levels = dict(levels)
         self.names = tuple(levels)
         self.taps = nn.ModuleList(nn.Identity() for _ in levels)
-        self.tap_points = {name: f"taps.{i}" for i, name in enumerate(levels)}
+        self.tap_points = {name.partition("@")[0]: f"taps.{i}" for i, name in enumerate(levels)}
 
     def forward(self, image: Tensor) -> Tensor:
         for tap, (stride, channels) in zip(self.taps, self.levels.values(), strict=True):

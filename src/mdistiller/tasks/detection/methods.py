@@ -15,6 +15,7 @@ from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.methods.several import Several
 from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import adapter_of
+from mdistiller.tasks.detection.backbone import BackboneAdapter
 from mdistiller.tasks.detection.bckd import BCKD
 from mdistiller.tasks.detection.crosskd import CrossKD
 from mdistiller.tasks.detection.cwd import CWD
@@ -50,6 +51,7 @@ _DEFAULTS: dict[type[MethodConfig], dict[str, object]] = {
     methods.DKDConfig: {"alpha": 1.0, "beta": 0.25, "temperature": 1.0, "warmup": 0.0},
     methods.ReviewKDConfig: {"weight": 1.0, "warmup": 0.0},
     methods.FitNetConfig: {"weight": 1.0, "relu": False},
+    methods.TokensConfig: {"global_weight": 0.0},
 }
 
 
@@ -152,6 +154,7 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
     if teacher is None or not method.needs.teacher:
         return method(config, student, None, DATA)
     theirs = adapter_of(teacher)
+    theirs.names = getattr(config, "teacher_taps", ())
     if _compares_logits(method):
         _check_logits(method, ours, theirs)
     for whose, adapter in (("student", ours), ("teacher", theirs)):
@@ -165,7 +168,8 @@ def build_method(config: MethodConfig, student: nn.Module, teacher: nn.Module | 
         student_taps, teacher_taps = config.student_taps, config.teacher_taps
         if not (student_taps and teacher_taps):
             pairs = pair_levels(ours.levels, theirs.levels)
-            say_pairs(pairs, ours.levels, theirs.levels)
+            if not isinstance(theirs, BackboneAdapter):  # which has one level
+                say_pairs(pairs, ours.levels, theirs.levels)
             pairs = method.choose(pairs, ours.kind) if issubclass(method, LevelMethod) else pairs
             defaults = tuple(name for name, _ in pairs), tuple(name for _, name in pairs)
             data = DATA._replace(taps=defaults)

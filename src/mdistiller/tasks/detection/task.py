@@ -12,7 +12,10 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.methods.changes import change_all, unset
 from mdistiller.models import ModelConfig
+from mdistiller.models.backbone import is_backbone
+from mdistiller.models.external import InputConfig
 from mdistiller.models.weights import read_metadata
+from mdistiller.tasks.classification.models import build_backbone
 from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.coco import DetectionSet, train_transform
 from mdistiller.tasks.detection.config import DetectionConfig
@@ -93,6 +96,8 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
         return DetectionDistiller(student, teacher, method)
 
     def build_teacher(self, config: DetectionConfig, data: DetectionSplits) -> nn.Module:
+        if config.teacher is not None and is_backbone(config.teacher.name, check_detector):
+            return build_backbone(config.teacher, InputConfig((0.0,) * 3, (1.0,) * 3))
         model = super().build_teacher(config, data)  # tells a missing file or another number of classes first
         checkpoint = config.teacher.checkpoint if config.teacher is not None else None
         trained = {} if checkpoint is None else read_metadata(checkpoint)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
-from mdistiller.methods import Method
+from mdistiller.methods import Method, MethodConfig
 from mdistiller.settings import Mean, Settings, Std
-from mdistiller.tasks.segmentation.methods import get_method
+from mdistiller.tasks.segmentation.methods import default_config, get_method
+from mdistiller.tasks.segmentation.segmenter import check_segmenter
 from mdistiller.training.dense import DenseConfig, DenseDataConfig, rising_factors
 from mdistiller.types import Metric
 
@@ -76,6 +77,7 @@ class SegmentationConfig(DenseConfig):
     headline = Metric(
         "mIoU", "%", "Mean intersection over union", "test mIoU, the mean over classes", "test mIoU"
     )
+    check_name: ClassVar = staticmethod(check_segmenter)
     teacher_images = "a teacher of segmentation sees the student's images"
     refused = {  # noqa: RUF012
         "compile": ("off", "a segmentation model runs without torch.compile"),
@@ -99,3 +101,7 @@ class SegmentationConfig(DenseConfig):
     @classmethod
     def method_class(cls, name: str) -> type[Method]:
         return get_method(name)
+
+    @classmethod
+    def method_named(cls, name: str) -> MethodConfig:
+        return default_config(name)

@@ -1,5 +1,7 @@
 """Methods that segmentation models take: classification's own classes on pixels, and those made for masks."""
 
+import math
+
 from torch import nn
 
 from mdistiller import methods
@@ -7,7 +9,9 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import AT, FitNet, LogitMethod, Method, MethodConfig, NoDistillation, ReviewKD
 from mdistiller.methods.changes import with_defaults
 from mdistiller.methods.compose import Sum, SumConfig, check_sum, method_config, needs_teacher
-from mdistiller.methods.features import TapPair, match_stages, stages
+from mdistiller.methods.features import TapPair, match_stages, stages, to_map
+from mdistiller.methods.tokens import Tokens, TokensConfig, last_patches
+from mdistiller.taps import logits_if_any, probe, tap_layouts
 from mdistiller.tasks.segmentation.cirkd import CIRKD
 from mdistiller.tasks.segmentation.cwd import CWD
 from mdistiller.tasks.segmentation.pixels import PixelMethod
@@ -29,9 +33,23 @@ class StageReviewKD(ReviewKD):
         return match_stages(student, teacher)
 
 
+class StageTokens(Tokens):
+    """Matches the teacher's last patches and the student's stage whose map is nearest to theirs in size."""
+
+    def __init__(self, config: TokensConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
+        last, sides = last_patches(teacher), []
+        for model, names in ((student, stages(student)), (teacher, (last,))):
+            found = probe(model, names, data._replace(logits_of=logits_if_any)).features
+            layouts = tap_layouts(model, found, data)
+            sides.append({n: to_map(x, layouts[n], data.input_shape).shape[3] for n, x in found.items()})
+        ours, theirs = sides
+        nearest = min(reversed(ours), key=lambda name: abs(math.log(ours[name] / theirs[last])))
+        super().__init__(config, student, teacher, data._replace(taps=((nearest,), (last,))))
+
+
 _OWN: dict[str, type[Method]] = {
     **{"cwd": CWD, "skd": SKD, "cirkd": CIRKD},
-    **{"fitnet": StageFitNet, "at": AT, "reviewkd": StageReviewKD},
+    **{"fitnet": StageFitNet, "at": AT, "reviewkd": StageReviewKD, "tokens": StageTokens},
 }
 
 # Defaults that differ from classification's. KD, FitNet and AT: CIRKD's code. The others have no published
@@ -42,6 +60,7 @@ _DEFAULTS: dict[type[MethodConfig], dict[str, object]] = {
     methods.ReviewKDConfig: {"weight": 1.0, "warmup": 0.0},
     methods.FitNetConfig: {"weight": 10.0, "relu": False},
     methods.ATConfig: {"weight": 10_000.0},
+    TokensConfig: {"global_weight": 0.0},
 }
 
 

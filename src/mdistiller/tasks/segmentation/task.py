@@ -6,14 +6,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mdistiller.config import RunConfig
+from mdistiller.config import SELF, RunConfig
 from mdistiller.data.loader import Order
 from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
-from mdistiller.models.external import tap_points
+from mdistiller.models.backbone import is_backbone
+from mdistiller.models.external import InputConfig, tap_points
 from mdistiller.models.weights import find_weights, read_metadata
+from mdistiller.tasks.classification.models import build_backbone
 from mdistiller.tasks.segmentation.config import SegmentationConfig
 from mdistiller.tasks.segmentation.data import SegmentationSet, load_segmentation, load_split
 from mdistiller.tasks.segmentation.deployment import SegmenterDeployment
@@ -49,9 +51,16 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
     metadata_keys = ("model", "options", "classes", "short_side", "mean", "std")
 
     def check(self, config: SegmentationConfig) -> None:
-        for model in (config.student, config.teacher):
-            if model is not None and model.name != "self":
-                check_segmenter(model.name)
+        check_segmenter(config.student.name)
+        teacher, method = config.teacher, config.method.method_name
+        if teacher is not None and is_backbone(teacher.name, check_segmenter):
+            if method != "tokens":
+                raise ConfigError(
+                    f"method: got {method!r} with the teacher {teacher.name}, a backbone without masks; "
+                    "allowed: tokens, or a segmentation model as the teacher"
+                )
+        elif teacher is not None and teacher.name != SELF:
+            check_segmenter(teacher.name)
         super().check(config)
 
     def load_data(self, config: SegmentationConfig) -> SegmentationSplits:
@@ -68,6 +77,8 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
     def build_teacher(self, config: SegmentationConfig, data: SegmentationSplits) -> nn.Module:
         teacher = config.teacher
         assert teacher is not None
+        if is_backbone(teacher.name, check_segmenter):
+            return build_backbone(teacher, InputConfig(config.data.mean, config.data.std))
         family = config.recipe.partition(".")[0] or "FAMILY"
         advice = (
             f"train it on this data first (mdistiller train {family}.teacher.{teacher.name}), then give "
