@@ -63,7 +63,9 @@ def reproduced_text(run: Values) -> str:
     known = [f"teacher {run.teacher:g} %"] if run.teacher is not None else []
     known += [run.note] if run.note else []
     epoch = f" {run.epoch}" if run.epoch != "unstated" else ""
-    return f"{last}{top1}{epoch}, {run.source}" + (f" ({'; '.join(known)})" if known else "")
+    return f"{last}{top1}{epoch}, {run.source}" + (
+        f" ({'; '.join(known)})" if known else ""
+    )
 
 
 def _table(runs: list[PublishedRun]) -> Iterator[str]:
