@@ -59,7 +59,7 @@ def test_export_as_text(cli, student_run, tmp_path):
     first, second, measured, *_, times = done.out.splitlines()
     assert first == str(folder)
     assert second.startswith(
-        "largest difference to the student's outputs 0.0e+00 on inputs 1x3x16x16 and 3x3x16x16 ("
+        "largest difference to the student's outputs 0.0e+00 on inputs 2x3x16x16, 1x3x16x16, 3x3x16x16 ("
     )
     top1 = [line for line in cli.metrics(run) if line["kind"] == "eval"][-1]["top1"]
     assert measured == (

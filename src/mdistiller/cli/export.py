@@ -59,7 +59,7 @@ class ExportCommand(Command):
             print(json.dumps({"out": str(out), **card.model_dump(mode="json")}))
             return
         check = card.check
-        shapes = " and ".join("x".join(map(str, shape)) for shape in check.input_shapes)
+        shapes = ", ".join("x".join(map(str, shape)) for shape in check.input_shapes)
         print(out)
         allowed = "int8 rounds"
         if check.tolerance is not None:
