@@ -26,7 +26,7 @@ def measure_weights(
 
     A weight is such that the norm of the gradient of its loss for the student is `ratio` times that of the
     weighted task loss: the geometric mean over the batches, at the end of a warm-up, rounded to two digits.
-    Batches in which the loss has no gradient are left out, such as those of images without an object.
+    Batches in which a loss has no gradient are left out, such as those of images without an object.
 
     Args:
         trainer: the run, built with 1 for the weights that are measured.
@@ -41,19 +41,21 @@ def measure_weights(
     for found in _ratios(trainer, source, names, _BATCHES):
         for name, value in found.items():
             if value:
-                logs[name].append(math.log(value) if value < math.inf else math.nan)
+                logs[name].append(math.log(value))
     return {name: _weight(name, values, ratio) for name, values in logs.items()}
 
 
 def first_strengths(trainer: Trainer, source: AnySource) -> dict[str, float]:
     """Returns the gradient of a method, or of the parts of a sum, as multiples of the task's, by name.
 
-    It is that of the first batch, measured as in `measure_weights`.
+    It is that of the first batch in which all have one, measured as in `measure_weights`.
     """
     method = trainer.config.method
     parts = method.parts() if "+" in method.method_name else {}
     names = [f"method.{field}.weight" for field in parts] or ["method.weight"]
-    (found,) = _ratios(trainer, source, names, 1)
+    for found in _ratios(trainer, source, names, _BATCHES):
+        if all(found.values()):
+            break
     factors = [dict(method)[f"{field}_weight"] for field in parts] or [1.0]
     subjects = [part.method_name for part in parts.values()] or [method.method_name]
     return {s: f * found[n] for s, f, n in zip(subjects, factors, names, strict=True)}
@@ -113,7 +115,7 @@ def gradient_ratios(
     for name in names:
         shared = [a and b for a, b in zip(reached[name], reached["task"], strict=True)]
         own, task_norm = (_norm(sums[n], shared, trainer) for n in (name, "task"))
-        ratios[name] = own / task_norm if task_norm else math.inf
+        ratios[name] = own / task_norm if task_norm else 0.0
     return ratios
 
 

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +35,7 @@ class ObjectImage:
     boxes: float [N, 4], x1, y1, x2, y2 in pixels, within the image, each with an area.
     labels: int64 [N], from 1 (0 is the background).
     segmentations: N polygons or RLEs as in the JSON; None without masks, or where one is missing.
+    is_labeled: whether the objects are known. If not, the size may be any, and there are no boxes.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class ObjectImage:
     boxes: Tensor
     labels: Tensor
     segmentations: tuple[Segmentation, ...] | None = None
+    is_labeled: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,8 @@ class DetectionSet:
 
         record = self.images[index]
         picture = read_image(record.path)
+        if not record.is_labeled:
+            record = replace(record, size=picture.size[::-1])
         if picture.size[::-1] != record.size:  # perhaps it was annotated as it is stored, lying on its side
             picture = read_image(record.path, upright=False)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mdistiller.config import RunConfig
 from mdistiller.methods import Method, MethodConfig
@@ -27,9 +27,23 @@ class DetectionDataConfig(DenseDataConfig):
     """Read masks, as Mask R-CNN needs, and evaluate them too."""
     keep_empty: bool = False
     """Train on images without an object too. They are always evaluated."""
+    unlabeled: Path | None = None
+    """Folder of further training images, at any depth, whose objects are not known: for methods that compare
+    levels alone, and for any method with pseudo_score."""
+    pseudo_score: float | None = Field(default=None, gt=0, lt=1)
+    """Learn the teacher's boxes of this score or more as the objects of unlabeled images. None: the
+    detector's own losses leave these images out."""
     label_ids: Literal["contiguous", "category"] = "contiguous"
     """Labels: 1 … K in the order of the category ids, or the ids themselves, as in torchvision's COCO
     checkpoints (91 classes)."""
+
+    @model_validator(mode="after")
+    def _check_unlabeled(self) -> Self:
+        if self.pseudo_score is not None and self.unlabeled is None:
+            raise ValueError("pseudo_score: without unlabeled images; give --data.unlabeled DIR")
+        if self.unlabeled is not None and self.masks:
+            raise ValueError("unlabeled: images without masks cannot train a detector of masks")
+        return self
 
 
 class DetectionAugmentConfig(Settings):

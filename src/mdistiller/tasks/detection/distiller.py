@@ -15,6 +15,7 @@ from mdistiller.tasks.detection.levels import OBJECTS, OVERLAP, resample, scale_
 from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.tasks.detection.methods import (
     build_method,
+    check_unlabeled,
     default_config,
     held_layer,
     reads_logits,
@@ -181,6 +182,8 @@ class DetectionDistiller(Distiller):
         method: a method's name, with its defaults for detectors, its config, or a built `Method`.
         teacher_input: mean, standard deviation and size of the images of a teacher without boxes, such as a
             foundation model, for methods that compare levels; of several teachers, a list.
+        pseudo_score: learn the teacher's boxes of this score or more as the objects of unlabeled images,
+            whose targets have no `boxes`. None: the detector's own losses leave these images out.
         total_steps, teacher_weights, teacher_dropout, settings: as in `Distiller`.
 
     Raises:
@@ -195,6 +198,7 @@ class DetectionDistiller(Distiller):
         teacher: nn.Module | Sequence[nn.Module] | None,
         method: AnyMethod | Sequence[AnyMethod] = "dkd",
         *,
+        pseudo_score: float | None = None,
         total_steps: int | None = None,
         teacher_input: object = None,
         teacher_weights: Sequence[float] | None = None,
@@ -215,6 +219,9 @@ class DetectionDistiller(Distiller):
             teacher_weights=teacher_weights,
             teacher_dropout=teacher_dropout,
         )
+        self.pseudo_score = pseudo_score
+        if pseudo_score is not None and len(self.teachers) != 1:
+            raise ConfigError(f"pseudo_score: got a method with {len(self.teachers)} teachers; allowed: 1")
 
     def _default_config(self, name: str) -> MethodConfig:
         return default_config(name)
@@ -247,11 +254,41 @@ class DetectionDistiller(Distiller):
         return DetectionBatch(inputs, target, index), device
 
     def _run_student(self, batch: DetectionBatch) -> StudentPass:
-        losses, result = self.adapter.train(batch.image, batch.target)
+        images, targets = batch.image, list(batch.target)
+        unlabeled = [i for i, target in enumerate(targets) if "boxes" not in target]
+        for i, target in zip(unlabeled, self._pseudo([images[i] for i in unlabeled]), strict=True):
+            targets[i] = target
+        losses, result = self.adapter.train(images, targets)
+        if unlabeled and self.pseudo_score is None:
+            check_unlabeled(self.method)
+            # With a factor of 0, so that DDP finds a gradient for every parameter.
+            losses = {name: 0.0 * value for name, value in losses.items()}
+            labeled = [i for i in range(len(targets)) if i not in unlabeled]
+            if labeled:
+                own, _ = self.adapter.train([images[i] for i in labeled], [targets[i] for i in labeled])
+                losses = {name: losses[name] + value for name, value in own.items()}
         outputs = outputs_of(self.adapter, result, self.method.student_taps)
         labels = outputs.logits.new_empty(0) if result.labels is None else result.labels
-        images = Batch(result.images.tensors, labels, batch.index)
-        return StudentPass(outputs, images, losses, result)
+        return StudentPass(outputs, Batch(result.images.tensors, labels, batch.index), losses, result)
+
+    @torch.no_grad()
+    def _pseudo(self, images: list[Tensor]) -> Targets:
+        """Returns the teacher's boxes from `pseudo_score` on, none without one, as targets."""
+        from torchvision.ops import clip_boxes_to_image
+
+        if self.pseudo_score is None or not images:
+            return [
+                {"boxes": x.new_zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64, device=x.device)}
+                for x in images
+            ]
+        (teacher,), targets = self.teachers, []
+        with EvalMode(teacher.modules()), float32_coordinates(teacher):
+            for image, found in zip(images, teacher(images), strict=True):
+                boxes = clip_boxes_to_image(found["boxes"].float(), image.shape[1:])
+                kept = (found["scores"] >= self.pseudo_score) & (found["labels"] > 0)
+                kept &= (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)  # pixels, as of other objects
+                targets.append({"boxes": boxes[kept], "labels": found["labels"][kept]})
+        return targets
 
 
 def freeze(teacher: nn.Module, method: Method) -> DetectionTeacher:

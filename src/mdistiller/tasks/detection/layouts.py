@@ -1,11 +1,17 @@
 """Detection data sets of a config, in a layout that is found by their files."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from mdistiller.data.encoded import IMAGE_SUFFIXES
+from mdistiller.data.folder import images_below
 from mdistiller.errors import DataError
 from mdistiller.tasks.detection import voc, yolo
-from mdistiller.tasks.detection.coco import DetectionSet, make_set, parse_coco
+from mdistiller.tasks.detection.coco import DetectionSet, ObjectImage, make_set, parse_coco
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.listing import SPLITS, Category, Content, find_folder
 from mdistiller.training.dense import DenseSplits, Split, check_apart
@@ -25,11 +31,30 @@ def load_detection(config: DetectionDataConfig) -> DenseSplits[DetectionSet]:
             f"{config.root}: the categories of training and test images differ: only training has "
             f"{apart[0]}; only test has {apart[1]}"
         )
-    check_apart(config.root, *([image.path for image in images.images] for images in (train, test)))
+    unlabeled = [] if config.unlabeled is None else _unlabeled(config.unlabeled, train)
+    more = f", {len(unlabeled):,} unlabeled" * bool(unlabeled)
+    paths = ([image.path for image in images] for images in ((*train.images, *unlabeled), test.images))
+    check_apart(config.root, *paths)
     objects = sum(len(image.labels) for image in train.images)
-    line = f"{config.root.name}: {len(train):,} training images with {objects:,} objects, {len(test):,} test "
-    line += f"images, {len(train.categories)} categories{', masks' if config.masks else ''}"
+    line = (
+        f"{config.root.name}: {len(train):,} training images with {objects:,} objects{more}, {len(test):,} "
+    )
+    line += f"test images, {len(train.categories)} categories{', masks' if config.masks else ''}"
+    train = replace(train, images=(*train.images, *unlabeled))
     return DenseSplits(train=train, test=test, description=line)
+
+
+def _unlabeled(folder: Path, labeled: DetectionSet) -> list[ObjectImage]:
+    """Lists the images below a folder, without those of a set."""
+    known = {image.path.resolve() for image in labeled.images}
+    files = [file for file in images_below(folder) if file.resolve() not in known] if folder.is_dir() else []
+    if not files:
+        raise DataError(
+            f"data.unlabeled: {folder} has no further images; they end in {', '.join(IMAGE_SUFFIXES)}"
+        )
+    boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    one = partial(ObjectImage, id=-1, size=(0, 0), boxes=boxes, labels=labels, is_labeled=False)
+    return [one(path=file) for file in files]
 
 
 def load_split(config: DetectionDataConfig, split: Split) -> DetectionSet:

@@ -21,7 +21,7 @@ class DetectionBatch(NamedTuple):
 
     image: B images, float [3, H, W] in [0, 1], each of its own size.
     target: B dicts: `boxes` float [N, 4] (x1, y1, x2, y2 in pixels), `labels` int64 [N] from 1, and for
-        masks `masks` uint8 [N, H, W].
+        masks `masks` uint8 [N, H, W]. Empty for an image whose objects are not known.
     index: int64 [B], each image's position in its set.
     """
 
@@ -45,6 +45,8 @@ def _read(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(seed, position))
             image, target = transform(image, target)
+    if not images.images[position].is_labeled:
+        target = {}
     return image.as_subclass(Tensor), {key: value.as_subclass(Tensor) for key, value in target.items()}
 
 

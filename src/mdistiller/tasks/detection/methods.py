@@ -21,7 +21,15 @@ from mdistiller.tasks.detection.crosskd import CrossKD
 from mdistiller.tasks.detection.cwd import CWD
 from mdistiller.tasks.detection.fgd import FGD
 from mdistiller.tasks.detection.fgfi import FGFI
-from mdistiller.tasks.detection.levels import LevelMethod, Pyramid, octave, pair_levels, say_pairs
+from mdistiller.tasks.detection.levels import (
+    OBJECTS,
+    OVERLAP,
+    LevelMethod,
+    Pyramid,
+    octave,
+    pair_levels,
+    say_pairs,
+)
 from mdistiller.tasks.detection.mgd import MGD
 from mdistiller.tasks.detection.pkd import PKD
 from mdistiller.tasks.detection.queries import LD, DETRDistill, QueryMethod
@@ -225,6 +233,17 @@ def _check_anchors(what: str, ours: DetectorAdapter, theirs: DetectorAdapter, ad
         boxes = [[round(x, 1) for x in anchors[number].tolist()] for anchors in (first, second)]
         difference = f"number {number} is {boxes[0]} in the student and {boxes[1]} in the teacher"
     raise ConfigError(f"{what} anchor by anchor, and {difference}; allowed: equal ones; {advice}")
+
+
+def check_unlabeled(method: Method) -> None:
+    """Raises a ConfigError unless a method compares levels alone, and no objects, which may be unknown."""
+    for part in _parts(method):
+        taps = (*part.student_taps, *part.teacher_taps)
+        if not isinstance(part, FeatureMethod) or any(tap.endswith((OBJECTS, OVERLAP)) for tap in taps):
+            raise ConfigError(
+                f"unlabeled images: method {part.config.method_name!r} does not compare levels alone; "
+                "allowed: pkd, cwd, mgd, fitnet and others that do, or a pseudo_score (--data.pseudo-score)"
+            )
 
 
 def _parts(method: Method) -> list[Method]:

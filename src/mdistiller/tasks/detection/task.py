@@ -25,7 +25,12 @@ from mdistiller.tasks.detection.evaluate import METRICS, DetectionEvaluator
 from mdistiller.tasks.detection.layouts import load_detection, load_split
 from mdistiller.tasks.detection.levels import settle
 from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
-from mdistiller.tasks.detection.methods import build_method, describe, list_detection_methods
+from mdistiller.tasks.detection.methods import (
+    build_method,
+    check_unlabeled,
+    describe,
+    list_detection_methods,
+)
 from mdistiller.tasks.detection.models import (
     build_detector,
     check_detector,
@@ -93,7 +98,9 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
         method: Method,
         data: DetectionSplits,
     ) -> DetectionDistiller:
-        return DetectionDistiller(student, teacher, method)
+        if config.data.unlabeled is not None and config.data.pseudo_score is None:
+            check_unlabeled(method)
+        return DetectionDistiller(student, teacher, method, pseudo_score=config.data.pseudo_score)
 
     def build_teacher(self, config: DetectionConfig, data: DetectionSplits) -> nn.Module:
         if config.teacher is not None and is_backbone(config.teacher.name, check_detector):
