@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
@@ -15,7 +16,7 @@ from torch import nn
 from mdistiller.config import RunConfig, find_field
 from mdistiller.data.cores import Workers
 from mdistiller.data.labels import stratified_cut
-from mdistiller.errors import ConfigError, DataError
+from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.models.backbone import is_backbone
 from mdistiller.settings import Settings
@@ -160,6 +161,26 @@ def check_apart(root: Path, train: Sequence[Path], test: Sequence[Path]) -> None
         raise DataError(
             f"{root}: {len(both)} of {len(test)} test images are training images too, such as "
             f"{both[0].name}; to split one set of images: --data.val-fraction 0.2"
+        )
+
+
+Data = TypeVar("Data", bound=DenseDataConfig)
+
+
+def check_fraction(config: Data, train: Sequence[Path], read_test: Callable[[Data], Sequence[Path]]) -> None:
+    """Raises a ConfigError where a data set that `val_fraction` cuts has other test images of its own."""
+    if config.val_fraction is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            test = read_test(config.replace(val_fraction=None))
+        except MDistillerError:
+            return
+    if not {*train} & {*test}:
+        raise ConfigError(
+            f"val_fraction: got {config.val_fraction}; {config.root} has {len(test)} test images of its own, "
+            f"such as {test[0].name}; allowed is None"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny_detectors import write_set
 
-from mdistiller.errors import DataError
+from mdistiller.errors import ConfigError, DataError
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.layouts import load_detection, load_split
 
@@ -396,6 +396,28 @@ def test_a_set_without_a_split_is_cut_by_image(squares, tmp_path, layout):
     assert [{image.path.name for image in s.images} for s in (again.train, again.test)] == parts
     others = [load(root, val_fraction=0.25, seed=seed).test for seed in range(5)]
     assert len({frozenset(i.path.name for i in images.images) for images in others}) > 1
+
+
+@pytest.mark.parametrize("layout", ["yolo", "voc", "json"])
+def test_a_set_with_a_split_is_not_cut(squares, tmp_path, layout):
+    root = tmp_path / "split"
+    {"yolo": to_yolo, "voc": to_voc, "json": to_json}[layout](squares, root)
+    (root / "classes.txt").write_text("red\ngreen\nblue\n")
+    with pytest.raises(
+        ConfigError, match=r"val_fraction: got 0\.25; .*split has \d test images of its own, such as"
+    ):
+        load(root, val_fraction=0.25)
+
+
+def test_one_folder_for_both_splits_may_be_cut(squares, tmp_path):
+    root = tmp_path / "flat"
+    to_yolo(squares, root)
+    (root / "data.yaml").write_text("train: images/train\nval: images/train\nnames: [red, green, blue]\n")
+    with pytest.raises(DataError, match="test images are training images too"):
+        load(root)
+    assert [
+        len(images) for images in vars(load(root, val_fraction=0.25)).values() if not isinstance(images, str)
+    ] == [6, 2]
 
 
 def test_the_cut_is_stratified_by_the_rarest_category(tmp_path):

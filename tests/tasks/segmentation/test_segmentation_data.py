@@ -300,11 +300,23 @@ def test_masks_are_found_by_the_names_of_files(squares, tmp_path):
     paired(squares, root)
     with pytest.raises(DataError, match=r"no folder train for train; --data\.val-fraction 0\.2"):
         load_segmentation(SegmentationDataConfig(root=root))
+    with pytest.raises(
+        ConfigError, match=r"val_fraction: got 0\.25; .*split has 4 test images of its own, such as"
+    ):
+        load_segmentation(SegmentationDataConfig(root=tmp_path / "split", val_fraction=0.25))
     cut = load_segmentation(SegmentationDataConfig(root=root, val_fraction=0.25))
     names = [{images.path(i).name for i in range(len(images))} for images in (cut.train, cut.test)]
     assert (len(names[0]), len(names[1]), names[0] & names[1]) == (9, 3, set())
-    next((root / "Masks").iterdir()).unlink()
-    with pytest.raises(DataError, match="1 of 12 images have no mask"):
+    masks = {file.stem: cut.train.read(i)[1] for i, file in enumerate(map(cut.train.path, range(9)))}
+    for file in (root / "Masks").iterdir():
+        file.rename(file.with_name(f"{file.stem}_L.png"))
+    again = load_segmentation(SegmentationDataConfig(root=root, val_fraction=0.25)).train
+    assert all(np.array_equal(again.read(i)[1], masks[again.path(i).stem]) for i in range(9))
+    file = min((root / "Masks").iterdir())
+    file.rename(file.with_name("other.png"))
+    with pytest.raises(
+        DataError, match=r"1 of 12 images have no mask in .*, where these are missing: train0.png"
+    ):
         load_segmentation(SegmentationDataConfig(root=root, val_fraction=0.25))
     with pytest.raises(DataError, match="8 of 8 test images are training images too"):
         load_segmentation(SegmentationDataConfig(root=squares, test_split="train"))

@@ -14,7 +14,7 @@ from mdistiller.tasks.detection import voc, yolo
 from mdistiller.tasks.detection.coco import DetectionSet, ObjectImage, make_set, parse_coco
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.listing import SPLITS, Category, Content, find_folder
-from mdistiller.training.dense import DenseSplits, Split, check_apart
+from mdistiller.training.dense import DenseSplits, Split, check_apart, check_fraction
 
 _ROBOFLOW = "_annotations.coco.json"
 _YEAR = {"train": "train2017", "test": "val2017"}
@@ -22,8 +22,14 @@ _FLAT = {"train": "instances_train.json", "test": "instances_val.json"}
 
 
 def load_detection(config: DetectionDataConfig) -> DenseSplits[DetectionSet]:
-    """Reads both splits; raises DataError as `load_split`, and for other categories or one image in both."""
+    """Reads both splits.
+
+    Raises:
+        DataError: as `load_split`; other categories, or an image in both.
+        ConfigError: val_fraction for a set with test images.
+    """
     train, test = load_split(config, "train"), load_split(config, "test")
+    check_fraction(config, _paths(train, test), lambda own: _paths(load_split(own, "test")))
     if train.categories != test.categories:
         ours, theirs = ([f"{c} {name}" for _, c, name in s.categories] for s in (train, test))
         apart = [", ".join(c for c in a if c not in b) or "none" for a, b in ((ours, theirs), (theirs, ours))]
@@ -33,8 +39,7 @@ def load_detection(config: DetectionDataConfig) -> DenseSplits[DetectionSet]:
         )
     unlabeled = [] if config.unlabeled is None else _unlabeled(config.unlabeled, train)
     more = f", {len(unlabeled):,} unlabeled" * bool(unlabeled)
-    paths = ([image.path for image in images] for images in ((*train.images, *unlabeled), test.images))
-    check_apart(config.root, *paths)
+    check_apart(config.root, [*_paths(train), *(image.path for image in unlabeled)], _paths(test))
     objects = sum(len(image.labels) for image in train.images)
     line = (
         f"{config.root.name}: {len(train):,} training images with {objects:,} objects{more}, {len(test):,} "
@@ -42,6 +47,10 @@ def load_detection(config: DetectionDataConfig) -> DenseSplits[DetectionSet]:
     line += f"test images, {len(train.categories)} categories{', masks' if config.masks else ''}"
     train = replace(train, images=(*train.images, *unlabeled))
     return DenseSplits(train=train, test=test, description=line)
+
+
+def _paths(*sets: DetectionSet) -> list[Path]:
+    return [image.path for images in sets for image in images.images]
 
 
 def _unlabeled(folder: Path, labeled: DetectionSet) -> list[ObjectImage]:

@@ -17,7 +17,7 @@ from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.layouts import load_split as load_objects
 from mdistiller.tasks.detection.listing import SPLITS, Segmentation, find_folder, images_in, read_names
 from mdistiller.tasks.segmentation.config import SegmentationDataConfig
-from mdistiller.training.dense import DenseDataConfig, DenseSplits, Split, check_apart
+from mdistiller.training.dense import DenseDataConfig, DenseSplits, Split, check_apart, check_fraction
 
 IGNORE = 255
 """Value of a mask's pixel without a class."""
@@ -143,13 +143,23 @@ class ObjectMasks(SegmentationSet):
 
 
 def load_segmentation(config: SegmentationDataConfig) -> DenseSplits[SegmentationSet]:
-    """Reads both splits; errors as `load_split`, and a DataError where their classes differ."""
+    """Reads both splits.
+
+    Raises:
+        DataError: as `load_split`; other classes, or an image in both.
+        ConfigError: as `load_split`; val_fraction for a set with test images.
+    """
     train, test = load_split(config, "train"), load_split(config, "test")
+    check_fraction(config, _paths(train, test), lambda own: _paths(load_split(own, "test")))
     if train.classes != test.classes:
         raise DataError(f"{config.root}: the classes of training and test images differ")
-    check_apart(config.root, *([images.path(i) for i in range(len(images))] for images in (train, test)))
+    check_apart(config.root, _paths(train), _paths(test))
     line = f"{config.root.name}: {len(train):,} training images, {len(test):,} test images, "
     return DenseSplits(train=train, test=test, description=f"{line}{len(train.classes)} classes")
+
+
+def _paths(*sets: SegmentationSet) -> list[Path]:
+    return [images.path(i) for images in sets for i in range(len(images))]
 
 
 def load_split(config: SegmentationDataConfig, split: Split) -> SegmentationSet:
@@ -229,7 +239,10 @@ def _paired(config: SegmentationDataConfig, split: Split) -> tuple[list[Path], l
     images, known = images_in(photographs), {path.stem: path for path in images_in(masks)}
     if not images:
         raise DataError(f"{photographs} has no images")
-    return images, [known.get(path.stem, masks / f"{path.stem}.png") for path in images]
+    named = {
+        stem.removesuffix("_L"): path for stem, path in known.items()
+    } | known  # CamVid's masks end in _L
+    return images, [named.get(path.stem, masks / f"{path.stem}.png") for path in images]
 
 
 def _named(folder: Path, name: str) -> list[Path]:
@@ -268,10 +281,10 @@ def _present(files: MaskFiles) -> MaskFiles:
     kept = [i for i, pair in enumerate(pairs) if all(map(Path.is_file, pair))]
     if len(kept) == len(pairs):
         return files
-    unmasked = [image.name for image, mask in pairs if image.is_file() and not mask.is_file()]
+    unmasked = [mask.name for image, mask in pairs if image.is_file() and not mask.is_file()]
     missing = [image.name for image, _ in pairs if not image.is_file()]
     parts = [
-        (unmasked, f"have no mask in {files.masks[0].parent}"),
+        (unmasked, f"have no mask in {files.masks[0].parent}, where these are missing"),
         (missing, f"are not in {files.images[0].parent}"),
     ]
     counts = [f"{len(n)} of {len(pairs)} images {text}: {', '.join(n[:5])}" for n, text in parts if n]
