@@ -453,10 +453,22 @@ MODULE = net()
 WRONG = {
     "method": (wrong(method="dkdd"), "unknown method 'dkdd'; nearest: dkd"),
     "fields of the method": (wrong(method={"beta": 2}), "method: got fields without a name; allowed"),
-    "setting of the method": (wrong(method={"name": "dkd", "bet": 2}), "method.bet: Extra .* nearest: beta"),
-    "setting": (wrong(epoch=2), "epoch: Extra inputs are not permitted, nearest: epochs"),
+    "setting of the method": (
+        wrong(method={"name": "dkd", "bet": 2}),
+        "method.bet: unknown .* nearest: beta",
+    ),
+    "setting": (wrong(epoch=2), "epoch: unknown field; nearest: epochs"),
+    "setting of a group": (
+        wrong(image_size=64),
+        r'unknown field; nearest: .*data=\{"image_size": …\}',
+    ),
+    "setting by another name": (wrong(learning_rate=1), r'unknown field; nearest: optim=\{"lr": …\}'),
+    "setting of a method": (wrong(temperature=1), r'unknown field; nearest: method=\{"temperature": …\}'),
     "student": (wrong(student="resnet9"), "unknown model 'resnet9'; nearest: "),
-    "student's fields": (wrong(student={"nam": "resnet8"}), "student: name: Field required; nam: Extra"),
+    "student's fields": (
+        wrong(student={"nam": "resnet8"}),
+        "student: name: Field required; nam: unknown",
+    ),
     "student of no kind": (wrong(student=3), "student: got a int; allowed: a module, a model's name"),
     "no teacher": (
         wrong(teacher=None),
@@ -551,7 +563,7 @@ def test_train_takes_recipes_configs_and_runs(tmp_path):
     assert not equal(first.path, mdistiller.train(first.path, seed=1, out=tmp_path / "b").path)
     finished = mdistiller.train(first.path, resume=True)
     assert finished.path == first.path
-    with pytest.raises(ConfigError, match="epoch: Extra inputs are not permitted, nearest: epochs"):
+    with pytest.raises(ConfigError, match="epoch: unknown field; nearest: epochs"):
         mdistiller.train("digits.student.resnet8", epoch=2)
     with pytest.raises(ConfigError, match="epochs: Input should be greater than or equal to 1"):
         mdistiller.train(first.config.model_copy(update={"epochs": 0}))

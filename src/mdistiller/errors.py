@@ -55,6 +55,18 @@ def nearest_names(name: str, known: Iterable[str]) -> list[str]:
     return [lowered[k] for k in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
 
 
+def nearest_fields(name: str, known: Iterable[str]) -> list[str]:
+    """Returns at most three fields or flags like a name: those of any group that end with it come first.
+
+    Initials count, so that `learning_rate` finds `optim.lr`.
+    """
+    known, last = list(known), name.lstrip("-").rpartition(".")[2]
+    words = last.replace("_", "-").split("-")
+    ends = {last, "".join(word[:1] for word in words) if len(words) > 1 else last}
+    same = [field for field in known if field.lstrip("-").rpartition(".")[2] in ends]
+    return list(dict.fromkeys([*same, *nearest_names(name, known)]))[:3]
+
+
 def check_free(
     what: str, name: str, new: Callable[..., object], table: Mapping[str, Callable[..., object]]
 ) -> None:

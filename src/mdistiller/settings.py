@@ -1,5 +1,6 @@
 """Base class of every configuration, and pydantic's errors as one message."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Self, TypeGuard, get_args
@@ -7,7 +8,7 @@ from typing import Annotated, ClassVar, Self, TypeGuard, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.errors import ConfigError, UnknownNameError, nearest_fields
 from mdistiller.types import Line
 
 Mean = Annotated[float, Field(ge=0, le=1)]
@@ -143,9 +144,14 @@ def explain(
         cause = e.get("ctx", {}).get("error")
         if isinstance(cause, UnknownNameError):
             message = cause.for_command()
-        if e["type"] == "extra_forbidden" and values is not None and kind is not None:
-            near = UnknownNameError("field", str(e["loc"][-1]), _fields_beside(e["loc"], values, kind))
-            message += ", " + str(near).partition("; ")[2]
+        if e["type"] == "extra_forbidden":
+            message = "unknown field"
+        if message == "unknown field" and values is not None and kind is not None:
+            name, known = str(e["loc"][-1]), _fields_beside(e["loc"], values, kind)
+            # A field of nested settings is shown as it is set in Python.
+            near = [re.sub(r"(\w+)\.(\w+)", r'\1={"\2": …}', field) for field in nearest_fields(name, known)]
+            plain = [field for field in known if "." not in field]
+            message += "; " + str(UnknownNameError("field", name, plain, nearest=near)).partition("; ")[2]
         given = e["input"]
         if (
             all(isinstance(v, _PLAIN) for v in (given if isinstance(given, list | tuple) else [given]))
@@ -158,7 +164,7 @@ def explain(
 
 
 def _fields_beside(loc: tuple[int | str, ...], values: object, kind: type[BaseModel]) -> list[str]:
-    """Returns the known fields beside an unknown one at `loc` from the root."""
+    """Returns the known fields beside an unknown one at `loc` from the root, and dotted ones below them."""
     model: type[BaseModel] | None = kind
     for part in (part for part in loc[:-1] if not isinstance(part, int)):
         if model is None or not issubclass(model, Settings):
@@ -167,4 +173,10 @@ def _fields_beside(loc: tuple[int | str, ...], values: object, kind: type[BaseMo
         model, values = model.known_fields(given).get(part), given.get(part)
     if model is None or not issubclass(model, Settings):
         return list(model.model_fields) if model is not None else []
-    return list(model.known_fields(values if isinstance(values, Mapping) else {}))
+    given = values if isinstance(values, Mapping) else {}
+    found: list[str] = []
+    for name, part in model.known_fields(given).items():
+        inner = given.get(name)
+        part = type(inner) if isinstance(inner, Settings) else part
+        found += [name, *(f"{name}.{field}" for field in (part.model_fields if part is not None else ()))]
+    return found

@@ -66,6 +66,11 @@ def refused(cli, code: int, *argv: object) -> str:
         ((*STUDENT, "--plugin"), ["--plugin: got no value"]),
         # flag
         ((*STUDENT, "--epoch", "3"), ["--epoch", "Perhaps you meant", "--epochs INT"]),
+        ((*STUDENT, "--optim.learning-rate", "3"), ["Perhaps you meant --optim.lr FLOAT"]),
+        ((*STUDENT, "--lr", "3"), ["Perhaps you meant --optim.lr FLOAT"]),
+        ((*PAIR, "--beta", "3"), ["Perhaps you meant --method.beta FLOAT"]),
+        ((*STUDENT, "--halp"), ["Perhaps you meant --help"]),
+        ((*STUDENT, "--precision", "fp16"), ["allowed: 'auto'", "Perhaps you meant 'float16'"]),
         ((*STUDENT, "--data.trainlimit", "3"), ["--data.trainlimit", "--data.train-limit INT|None"]),
         ((*STUDENT, "--method.beta", "3"), ["--method.beta"]),  # DKD's, not that of `none`
         ((*PAIR, "--method", "kd", "--method.beta", "3"), ["--method.beta"]),
@@ -113,7 +118,7 @@ def refused(cli, code: int, *argv: object) -> str:
         ),
         (("eval", "resnet8", "--checkpoint", "x", "--device", "cuda:99"), ["device: got 'cuda:99'"]),
         (("list",), ["'methods', 'models', 'recipes'"]),
-        (("list", "model"), ["'model'", "'models'"]),
+        (("list", "model"), ["'model'", "Perhaps you meant 'models'"]),
         (("report",), ["at least one run"]),
         (("quickstart", "--seeds", "0"), ["seeds: got 0", "allowed: 1 or more"]),
         (("quickstart", "--seeds", "few"), ["--seeds", "'few'"]),

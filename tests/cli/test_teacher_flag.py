@@ -91,6 +91,7 @@ def test_a_model_by_name(cli):
     ("argv", "code", "words"),
     [
         (("digits.kd.resnet8", "--teacher", "runs/nope"), 2, "teacher: 'runs/nope' is no run folder"),
+        (("digits.kd.resnet8", "--teacher", "docs/image"), 2, "or model; nearest: docs/images"),
         (
             ("digits.kd.resnet8", "--teacher", "resnet21"),
             2,

@@ -210,7 +210,7 @@ def test_test_folder_serves_when_there_is_no_val(root):
         ),
         (
             lambda root: root.rename(root.parent / "gone"),
-            "is no folder and no list; expected ROOT/train/CLASS",
+            "data.root: .*is no folder and no list; expected ROOT/train/CLASS",
         ),
     ],
 )

@@ -115,7 +115,8 @@ def test_a_failure_is_one_error(cluster, tmp_path):
 
 WRONG = {
     "no field": ({}, "space: got no field"),
-    "a number": ({"seed": 3}, r"space: seed: got 3; allowed: a list, or min, max and log"),
+    "a number": ({"seed": 3}, r"space: seed: got 3; allowed: seed=\[1, 2\], or seed="),
+    "a field of a group": ({"lr": [0.1]}, "unknown field 'lr'; nearest: optim.lr"),
     "unknown": ({"optim.lrr": [0.1]}, "optim.lrr.*nearest: lr"),
     "value": ({"optim.lr": [-1.0]}, "optim.lr"),
     "order": ({"optim.lr": {"min": 1.0, "max": 0.1}}, "need two numbers, min below max"),

@@ -9,7 +9,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from mdistiller.cli.flags import Arg, Flag, Repeated, arg_of, list_flags
 from mdistiller.cli.help import HELP_WORDS, help_text
 from mdistiller.config import TeacherConfig
-from mdistiller.errors import ConfigError, nearest_names
+from mdistiller.errors import ConfigError, nearest_fields, nearest_names
 from mdistiller.methods import MethodConfig, load_plugins
 from mdistiller.settings import Settings, explain, is_settings
 from mdistiller.types import Line
@@ -124,7 +124,8 @@ def _read_words(flags: Sequence[Flag], args: Sequence[str]) -> dict[tuple[str, .
     loose, uses = split_flags(args)
     for name, words in uses:
         if name not in named:
-            near = [f"{n} {named[n].metavar}".rstrip() for n in nearest_names(name, named)]
+            near = nearest_fields(name, [*named, *HELP_WORDS])
+            near = [f"{n} {named[n].metavar}".rstrip() if n in named else n for n in near]
             hint = f". Perhaps you meant {', '.join(near)}" if near else ""
             raise ConfigError(f"unknown flag {name}{hint}")
         flag = named[name]
@@ -157,7 +158,9 @@ def _read(flag: Flag, words: Sequence[str]) -> object:
             return value
     except ValueError:
         pass
-    raise ConfigError(f"{flag.name}: got {', '.join(map(repr, words))}; allowed: {_allowed(flag)}")
+    near = nearest_names(words[0], flag.metavar.split("|")) if words and "|" in flag.metavar else []
+    hint = f". Perhaps you meant {near[0]!r}" if near else ""
+    raise ConfigError(f"{flag.name}: got {', '.join(map(repr, words))}; allowed: {_allowed(flag)}{hint}")
 
 
 def _read_model(field: str, word: str) -> dict[str, str]:

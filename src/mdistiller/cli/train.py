@@ -16,7 +16,7 @@ from mdistiller.cli.plan import PlannedDisplay, print_plan
 from mdistiller.cli.seeds import train_seeds
 from mdistiller.config import SELF, RunConfig
 from mdistiller.deploy.teacher import GivenTeacher, find_teacher
-from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.errors import ConfigError, UnknownNameError, nearest_names
 from mdistiller.methods import load_plugins
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe, set_method, set_teacher
@@ -147,7 +147,9 @@ def _parse_config(source: str, args: Sequence[str], *, open_teacher: bool) -> Ru
             error.command_hint = "With --teacher RUN or MODEL, the student's name is enough"
         if teacher is None or error.name != teacher.model:
             raise
-        more = f"; nearest: {', '.join(error.nearest)}" if error.nearest else ""
+        beside = [str(path) for path in Path(error.name).parent.glob("*")] if "/" in error.name else []
+        near = nearest_names(error.name, beside) or error.nearest
+        more = f"; nearest: {', '.join(near)}" if near else ""
         raise ConfigError(
             f"teacher: {error.name!r} is no run folder, student's file or model{more}"
         ) from error

@@ -16,12 +16,18 @@ import torch
 
 from mdistiller.api import train
 from mdistiller.config import RunConfig
-from mdistiller.errors import ConfigError, MissingPackageError, TrainingError
+from mdistiller.errors import (
+    ConfigError,
+    MissingPackageError,
+    TrainingError,
+    UnknownNameError,
+    nearest_fields,
+)
 from mdistiller.methods import load_plugins
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.lock import FolderLock
 from mdistiller.runs.progress import Silent
-from mdistiller.settings import unflatten
+from mdistiller.settings import flatten, unflatten
 from mdistiller.training.task import get_task
 from mdistiller.types import Line, Metric
 
@@ -80,7 +86,10 @@ def check_space(config: RunConfig, space: Mapping[str, object]) -> None:
     """
     if not space:
         raise ConfigError("space: got no field; allowed: FIELD=[values], or FIELD={min: …, max: …}")
+    known = flatten(config.model_dump())
     for field, entry in space.items():
+        if "." not in field and field not in type(config).model_fields:
+            raise UnknownNameError("field", field, known, nearest=nearest_fields(field, known))
         if isinstance(entry, list) and entry:
             values = entry
         elif isinstance(entry, dict) and {"min", "max"} <= set(entry) <= _BOUNDS:
@@ -90,7 +99,8 @@ def check_space(config: RunConfig, space: Mapping[str, object]) -> None:
             if entry.get("log") and values[0] <= 0:
                 raise ConfigError(f"space: {field}: got min {values[0]}; with log it has to be above 0")
         else:
-            raise ConfigError(f"space: {field}: got {entry!r}; allowed: a list, or min, max and log")
+            allowed = f"{field}=[1, 2], or {field}={{min: 1, max: 8, log: true}}"
+            raise ConfigError(f"space: {field}: got {entry!r}; allowed: {allowed}")
         for value in values:
             config.replace(**unflatten({field: value}))
 
