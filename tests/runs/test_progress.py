@@ -1,5 +1,7 @@
 """Progress on stderr: a line now and then outside a terminal, and the same facts beside the bar in one."""
 
+import re
+
 import pytest
 
 from mdistiller.runs import progress
@@ -70,7 +72,21 @@ def test_facts_beside_the_bar(capsys, monkeypatch):
     run.steps(1, 4, 2.0)
     assert run.read == 1
     run.display.stop()
-    assert "32 images/s  loss 1.75  task 1.5  dkd 0.25" in capsys.readouterr().err
+    assert "loss 1.75  task 1.5  dkd 0.25  32 images/s" in capsys.readouterr().err
+
+
+def test_bar_count_and_time_left_come_before_the_losses_at_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    run = Run(total=100_000, done=1000)
+    run.losses = run.display.losses = lambda: {"loss": 12.3456789, "task": 1.5, "reviewkd": 2.5, "dkd": 0.25}
+    run.steps(1001, 1004, 2.0)
+    run.display.stop()
+    shown = re.findall(r"[━╸╺ ]+1004/100000 \d+:\d\d:\d\d [^\x1b\n]*", capsys.readouterr().err)
+    assert "loss 12.35  task 1.5  reviewkd 2.5" in shown[-1]
+    assert "dkd" not in shown[-1].replace("reviewkd", "")
+    assert len(shown[-1].rstrip()) <= 80
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9])

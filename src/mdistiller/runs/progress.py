@@ -68,6 +68,7 @@ class Silent(Reporter):
 
 FIRST_SECONDS = 10.0  # to the first line outside a terminal
 LINE_SECONDS = 30.0  # between two lines outside a terminal
+BAR = 20  # characters of the bar
 BAR_SECONDS = 5.0  # between two readings of the losses for the bar
 
 
@@ -81,17 +82,14 @@ class ProgressDisplay(Reporter):
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.table import Column
 
         self.console = Console(stderr=True)
         self.clock = time.perf_counter
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(BAR),
             MofNCompleteColumn(),
-            TextColumn("steps"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn("{task.fields[facts]}"),
             console=self.console,
             transient=True,
         )
@@ -142,7 +140,11 @@ class ProgressDisplay(Reporter):
             self._print("  ".join([f"step {done:,} of {self.total:,}", shown[0], eta, *shown[1:]]))
         self.last, self.busy = done, 0.0
         self.due = now + (BAR_SECONDS if self.console.is_terminal else LINE_SECONDS)
-        return "  ".join(shown)
+        room = self.console.width - BAR - 2 * len(str(self.total)) - len(" / 00:00:00 ")
+        facts = [*shown[1:], shown[0]]  # what counts least is last
+        while len("  ".join(facts)) > room and len(facts) > 1:
+            facts.pop()
+        return "  ".join(facts)
 
     def evaluated(self, line: Line) -> None:
         metric, name = self.metric, self.metric.name

@@ -395,4 +395,4 @@ class Trainer:
 
 def _title(trainer: Trainer) -> str:
     over = "; finished before, so nothing is trained" if trainer.step >= trainer.total else ""
-    return f"{trainer.config.recipe or 'run'}: {trainer.description}{over}"
+    return f"{trainer.config.recipe or 'run'}{over}"
