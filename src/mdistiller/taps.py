@@ -91,7 +91,10 @@ def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         path = table.get(base, base)
         module, _, side = path.partition(":")
         if not module or module not in modules or side not in ("", "input"):
-            raise UnknownNameError("tap", name, [*table, *(m for m in modules if m)])
+            # The children of the model and theirs; a layer deep inside has its path from `named_modules`.
+            shallow = ", ".join(m for m in modules if m and m.count(".") < 2)
+            hint = f"Canonical names: {', '.join(table) or 'none'}. Module paths: {shallow}"
+            raise UnknownNameError("tap", name, [*table, *(m for m in modules if m)], hint)
         paths[name] = path
     return paths
 

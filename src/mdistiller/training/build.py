@@ -58,7 +58,7 @@ def build_run(
     if config.batch_size > size and world.is_main:
         warnings.warn(
             f"batch_size: got {config.batch_size} for {size:,} training images; each epoch is one step on "
-            "all of them, so that schedules and norms see few steps. A smaller --batch-size gives more",
+            "all of them, so that schedules and norms see few steps. A smaller batch_size gives more",
             stacklevel=2,
         )
     # Seeded here, so that every method's student starts from the same weights.

@@ -331,10 +331,10 @@ class Trainer:
         if pair is not None:
             large, small = pair
             fields = [f for f in self.config.method.field_infos() if f.endswith(_WEIGHTS)]
-            flags = ", ".join(f"--method.{field.replace('_', '-')}" for field in fields)
+            named = ", ".join(f"method.{field}" for field in fields)
             warnings.warn(
                 f"the loss {large} is {losses[large]:.4g} and {small} "
-                f"{losses[small]:.4g}, so {small} may hardly count; to change the weights: {flags}",
+                f"{losses[small]:.4g}, so {small} may hardly count; to change the weights: {named}",
                 stacklevel=2,
             )
 

@@ -183,7 +183,7 @@ def test_models_are_checked_before_the_data_is_read(tmp_path, monkeypatch, field
 
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.25, 0.5)}
-TOLD = r"was trained on images of other mean .*--data.mean 0.5 0.5 0.5 --data.std 0.5 0.25 0.5$"
+TOLD = r"was trained on images of other mean .*data.mean 0.5 0.5 0.5 and data.std 0.5 0.25 0.5$"
 
 
 def test_other_mean_and_deviation_than_those_of_pretraining_are_told():
@@ -199,7 +199,7 @@ def test_other_mean_and_deviation_than_those_of_pretraining_are_told():
     # A teacher gets its own images, unless its config asks for the data's; then timm's table is read.
     (other,) = models("resnet14")
     check_statistics(config(teacher=given), other, model, data)
-    told = r"was trained on images of other mean .*; for those: --teacher.images own$"
+    told = r"was trained on images of other mean .*; for those: teacher.images own$"
     with pytest.warns(UserWarning, match=f"^timm/vit_tiny_patch16_224 {told}"):
         check_statistics(config(teacher=given.replace(images="data")), other, model, data)
 
@@ -211,7 +211,7 @@ def test_other_mean_and_deviation_than_those_of_the_teachers_run_are_told_where_
     teacher = ModelConfig(name="resnet8", checkpoint=run)
     fields = {"teacher": teacher.replace(images="data"), "max_steps": 1}
     train(config(data=halved, out=tmp_path / "same", **fields))
-    with pytest.warns(UserWarning, match=r"^resnet8 was trained on .*; for those: --teacher.images own$"):
+    with pytest.warns(UserWarning, match=r"^resnet8 was trained on .*; for those: teacher.images own$"):
         train(config(out=tmp_path / "other", **fields))
 
 

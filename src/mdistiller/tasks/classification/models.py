@@ -228,15 +228,15 @@ def check_statistics(
         values = pretrained_statistics(student, config.student.options)
         if values is not None and values != data:
             mean, std = (" ".join(map(str, three)) for three in values)
-            found.append((config.student.name, f"--data.mean {mean} --data.std {std}"))
+            found.append((config.student.name, f"data.mean {mean} and data.std {std}"))
     for given in config.teachers if teacher is not None else ():
         own, used = (own_input(given.replace(images=images)) for images in ("own", given.images))
         if (own.mean or data[0], own.std or data[1]) != (used.mean or data[0], used.std or data[1]):
-            found.append((given.name, "--teacher.images own"))
-    for name, flags in found:
+            found.append((given.name, "teacher.images own"))
+    for name, fields in found:
         warnings.warn(
             f"{name} was trained on images of other mean and standard deviation than the data's "
-            f"{splits.mean} and {splits.std}; for those: {flags}",
+            f"{splits.mean} and {splits.std}; for those: {fields}",
             stacklevel=2,
         )
 
