@@ -1,8 +1,11 @@
 """Runs from Python: `distill`, `train` and `Run`."""
 
 import copy
+import html
 import json
 import re
+import shutil
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -577,6 +580,51 @@ def run(tmp_path_factory, teacher):
     return mdistiller.distill(net(), teacher, DATA, "kd", out=out, **FAST)
 
 
+def test_progress_is_shown_unless_it_is_turned_off(tmp_path, capsys):
+    mdistiller.distill(net(), net(16), DATA, out=tmp_path / "a", **FAST)
+    shown = capsys.readouterr()
+    assert (shown.out, "epoch   1" in shown.err) == ("", True)
+    mdistiller.distill(net(), net(16), DATA, out=tmp_path / "b", reporter=False, **FAST)
+    mdistiller.train("digits.student.resnet8", data=DATA, out=tmp_path / "c", reporter=False, **FAST)
+    assert "epoch" not in capsys.readouterr().err
+
+
+def test_a_notebook_shows_the_answer_and_the_chart(run, tmp_path):
+    shown = html.unescape(run._repr_html_())
+    assert f"{run.summary['last']['top1']:.1f}" in shown
+    assert "<svg" in shown
+    link = f'href="{run.path.as_posix()}/report.html"'
+    assert link not in shown
+    run.report()
+    assert link in run._repr_html_()
+    (run.path / "report.html").unlink()
+    (tmp_path / "new").mkdir()
+    for file in ("config.json", "env.json"):
+        shutil.copy(run.path / file, tmp_path / "new")
+    assert mdistiller.Run(tmp_path / "new")._repr_html_() is None  # nothing to show before an evaluation
+
+
+def test_results_print_in_a_line(run):
+    assert repr(run.metrics) == "Metrics(2 train, 1 eval, 1 summary)"
+    distiller = mdistiller.Distiller(net(), net(16), "dkd", total_steps=1)
+    out = distiller(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))
+    text = repr(out)
+    assert "logits=[2, 4]" in text
+    assert re.search(r"loss=tensor\(\d", text)
+    assert "\n" not in text
+    assert repr(mdistiller.Outputs(torch.ones(8, 10), {"pooled": torch.ones(8, 64)})) == (
+        "Outputs(logits=[8, 10], features={'pooled': [8, 64]})"
+    )
+
+
+def test_public_names():
+    code = "import mdistiller as m; print(m.functional.dkd_loss.__name__, *dir(m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loss, *names = done.stdout.split()
+    assert loss == "dkd_loss"
+    assert sorted(names) == sorted([*mdistiller.__all__, "__version__", "functional"])
+
+
 def test_metrics(run, monkeypatch):
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert run.metrics == lines
@@ -593,7 +641,7 @@ def test_report_and_export(run, tmp_path):
     page = run.report(tmp_path / "page.html", images=16)
     assert "cannot" not in page.read_text()[-200:]
     assert "as an object" not in page.read_text()
-    out = run.export("torch-export", out=tmp_path / "export")
+    out = run.export("torch-export", out=str(tmp_path / "export"))
     card = json.loads((out / "card.json").read_text())
     assert card["measured"]["value"] == pytest.approx(run.summary["last"]["top1"])
     image = Image.fromarray(DATA[1][0][0].numpy())

@@ -1,9 +1,10 @@
 """Runs from Python: `distill`, `train`, and `Run`, the result of both."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -19,7 +20,7 @@ from mdistiller.recipes import get_recipe, recipe_of
 from mdistiller.recipes.family import find_family, list_families
 from mdistiller.runs.config_file import YAML
 from mdistiller.runs.folder import CONFIG, read_metrics
-from mdistiller.runs.progress import Reporter
+from mdistiller.runs.progress import ProgressDisplay, Reporter
 from mdistiller.training import launch
 from mdistiller.training.deployment import Format
 from mdistiller.training.task import load_config
@@ -31,8 +32,16 @@ AnyMethod = str | Mapping[str, object] | MethodConfig
 """A method's name, its fields with the `name` among them, or its config."""
 
 
+Shown = Reporter | Literal[False] | None
+"""Progress display. None: a bar in a terminal, lines elsewhere, on stderr; False: nothing."""
+
+
 class Metrics(list[Line]):
     """Lines of a run's metrics.jsonl: `kind` is train, eval or summary."""
+
+    def __repr__(self) -> str:
+        counts = Counter(line.get("kind", "other") for line in self)
+        return f"Metrics({', '.join(f'{count} {kind}' for kind, count in counts.items())})"
 
     def to_pandas(self) -> Any:
         """Returns a pandas `DataFrame` with a row for each line; columns of nested values have dotted names.
@@ -100,6 +109,14 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+    def _repr_html_(self) -> str | None:
+        """Returns the report's answer and chart for a notebook, with a link once the report is written."""
+        if not any(line.get("kind") == "eval" for line in read_metrics(self.folder)):
+            return None
+        from mdistiller.report.page import answer_frame
+
+        return answer_frame(self.folder)
 
     @property
     def folder(self) -> Path:
@@ -179,11 +196,11 @@ class Run:
         with self.objects.known():
             return push_student(self.folder, repo, private=private, license=license, **options)
 
-    def resume(self, *, reporter: Reporter | None = None) -> "Run":
+    def resume(self, *, reporter: Shown = None) -> "Run":
         """Continues the run from its last state to its end, and returns it."""
         with self.objects.known():
             config = load_config(self.folder / CONFIG, whole=True).model_copy(update={"out": self.path})
-            result = launch.train(config, resume=True, reporter=reporter, usual=_usual(config))
+            result = launch.train(config, resume=True, reporter=_display(reporter), usual=_usual(config))
         return _finished(result, self.objects)
 
 
@@ -191,7 +208,7 @@ def train(
     config: RunConfig | str | Path,
     *,
     resume: bool = False,
-    reporter: Reporter | None = None,
+    reporter: Shown = None,
     plugins: Sequence[str | Path] = (),
     **changes: object,
 ) -> Run:
@@ -201,7 +218,7 @@ def train(
         config: a config, the name of a recipe, a run folder or its config.json. A stored run is repeated in a
             new folder, or with `resume` continued in its own.
         resume: resume from the state in the run folder, left there by an earlier start of the same config.
-        reporter: progress display; None shows nothing.
+        reporter: progress display. None: a bar in a terminal, lines elsewhere, on stderr. False: nothing.
         plugins: Python files to run first, those that a stored config names among them: it runs none.
         changes: fields of the config to change, as in `config.replace`. `data` may also be what `distill`
             takes.
@@ -223,7 +240,7 @@ def train(
             changes["augment"] = {"crop": "auto", **augment} if isinstance(augment, Mapping) else augment
     with objects.known():
         config = _with_plugins(config, plugins).replace(**changes)
-        result = launch.train(config, resume=resume, reporter=reporter, usual=_usual(config))
+        result = launch.train(config, resume=resume, reporter=_display(reporter), usual=_usual(config))
     return _finished(result, objects)
 
 
@@ -259,7 +276,7 @@ def distill(
     teacher_weights: Sequence[float] | None = None,
     task: str | None = None,
     resume: bool = False,
-    reporter: Reporter | None = None,
+    reporter: Shown = None,
     pretrained: bool | None = None,
     teacher_input: object = None,
     plugins: Sequence[str | Path] = (),
@@ -286,7 +303,7 @@ def distill(
         task: another family of recipes for data of your own than `folder`, such as `embed`, which learns
             embeddings from images without labels.
         resume: resume from the state in `out`, left there by an earlier start with the same arguments.
-        reporter: progress display; None shows nothing.
+        reporter: progress display. None: a bar in a terminal, lines elsewhere, on stderr. False: nothing.
         pretrained: whether the student is to be fine-tuned, with the settings for that. None: if it is from a
             run, has a checkpoint or an option for pretrained weights; a module is not.
         teacher_input: mean, standard deviation and size of a teacher's images where they are not the data's,
@@ -338,8 +355,12 @@ def distill(
         if first is not None:
             config = first.fit_data(config)
         config = _with_plugins(config, plugins).replace(data=data_fields, **settings)
-        result = launch.train(config, resume=resume, reporter=reporter, usual=_usual(config))
+        result = launch.train(config, resume=resume, reporter=_display(reporter), usual=_usual(config))
     return _finished(result, objects)
+
+
+def _display(reporter: Shown) -> Reporter | None:
+    return ProgressDisplay() if reporter is None else reporter or None
 
 
 def _with_plugins(config: RunConfig, files: Sequence[str | Path]) -> RunConfig:

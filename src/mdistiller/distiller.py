@@ -33,7 +33,7 @@ from mdistiller.models.own_input import for_images, without_own_input
 from mdistiller.stored import StoredTeacher
 from mdistiller.taps import Taps, logits_if_any, tap_names
 from mdistiller.teacher import LiveTeacher, Teacher, Teachers
-from mdistiller.types import AnyBatch, Batch, DataInfo, Inputs, LogitsOf, Outputs, Targets
+from mdistiller.types import AnyBatch, Batch, DataInfo, Inputs, LogitsOf, Outputs, Targets, with_shapes
 
 AnyMethod = str | MethodConfig | Mapping[str, object] | Method
 """A method's name, its config, a mapping with its name and settings, or a built one."""
@@ -52,6 +52,8 @@ class DistillerOutput(NamedTuple):
     losses: dict[str, Tensor]
     logits: Tensor
     task: dict[str, Tensor]
+
+    __repr__ = with_shapes
 
 
 class StudentPass(NamedTuple):

@@ -70,11 +70,25 @@ class AnyBatch(Protocol):
         """Splits the batch into at most `count` parts, each with the same samples of every view."""
 
 
+def with_shapes(value: object) -> str:
+    """Returns a value as text, a tensor as its shape; of named tuples and dicts, each value."""
+    if isinstance(value, Tensor):
+        return repr(value.detach()) if value.ndim == 0 else f"{list(value.shape)}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {with_shapes(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        fields = (f"{name}={with_shapes(inner)}" for name, inner in value._asdict().items())
+        return f"{type(value).__name__}({', '.join(fields)})"
+    return repr(value)
+
+
 class Outputs(NamedTuple):
     """Outputs of a tapped model: logits [B, classes] and tapped features by name."""
 
     logits: Tensor
     features: dict[str, Tensor]
+
+    __repr__ = with_shapes
 
     def promote(self, dtype: torch.dtype) -> "Outputs":
         """Returns the outputs with values of lower precision converted to a floating point type."""

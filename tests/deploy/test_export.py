@@ -534,7 +534,7 @@ def test_what_cannot_be_exported(run, tmp_path):
             export_student(tmp_path)
     (tmp_path / "config.json").unlink()
     for taken in (tmp_path, bare):
-        with pytest.raises(ConfigError, match="not an empty folder"):
+        with pytest.raises(ConfigError, match=r"not an empty folder; choose another$"):
             export_student(run, out=taken)
     with pytest.raises(ConfigError, match="cannot write to"):
         export_student(run, out=bare / "out")

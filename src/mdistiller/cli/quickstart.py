@@ -51,7 +51,7 @@ class QuickstartCommand(Command):
                 configs[name] = recipe.student(method, seed, out / "teacher", out / name)
         with counted("run", len(configs)) as done:
             for i, (name, config) in enumerate(configs.items(), 1):
-                last = train(config).summary["last"]
+                last = train(config, reporter=False).summary["last"]
                 print(f"{name:11} test {last['top1']:5.1f} %", file=sys.stderr)
                 done(i)
         folders = [config.out for config in configs.values() if config.out is not None]

@@ -54,7 +54,7 @@ def export_student(
     source: Path,
     format: Format = "safetensors",
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     ema: bool = False,
     int8: bool = False,
     evaluate: bool = True,
@@ -88,9 +88,9 @@ def export_student(
     target = pick_device(device)
     file = open_student(source, ema)
     folder, deployment, config = file.path.parent, file.task.deployment(), run_settings(file.path.parent)
-    out = out or folder / "export" / f"{file.path.stem}-{format}{'-int8' * int8}"
+    out = Path(out or folder / "export" / f"{file.path.stem}-{format}{'-int8' * int8}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out: {out} is not an empty folder; choose another with --out")
+        raise ConfigError(f"out: {out} is not an empty folder; choose another")
     student, images = file.load(), None
     if int8:
         if config is None:

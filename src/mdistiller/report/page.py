@@ -131,6 +131,16 @@ def _first_screen(rows: PageRows) -> list[str]:
     return parts
 
 
+def answer_frame(folder: Path) -> str:
+    """Returns HTML for a notebook: a run's answer and chart, and a link to its report where there is one."""
+    rows = PageRows.of([load_run(folder)])
+    page, report = html.document(str(folder), _first_screen(rows)), folder / file_name("html")
+    text = escape(report.as_posix())
+    link = f'<p><a href="{text}" target="_blank">{text}</a></p>' if report.is_file() else ""
+    frame = '<iframe style="width:100%;height:26rem;border:0" title="Result of the run"'
+    return f'{frame} srcdoc="{escape(page)}"></iframe>{link}'
+
+
 def _unbroken(sentence: str) -> str:
     """Returns a sentence whose numbers stay on one line with their signs and units."""
     return re.sub(r" (?=[±=<%])|(?<=[±=<]) ", "\u00a0", sentence)
