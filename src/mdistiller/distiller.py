@@ -53,7 +53,8 @@ class DistillerOutput(NamedTuple):
     logits: Tensor
     task: dict[str, Tensor]
 
-    __repr__ = with_shapes
+    def __repr__(self) -> str:
+        return with_shapes(self)
 
 
 class StudentPass(NamedTuple):

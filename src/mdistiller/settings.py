@@ -175,8 +175,8 @@ def _fields_beside(loc: tuple[int | str, ...], values: object, kind: type[BaseMo
         return list(model.model_fields) if model is not None else []
     given = values if isinstance(values, Mapping) else {}
     found: list[str] = []
-    for name, part in model.known_fields(given).items():
+    for name, group in model.known_fields(given).items():
         inner = given.get(name)
-        part = type(inner) if isinstance(inner, Settings) else part
-        found += [name, *(f"{name}.{field}" for field in (part.model_fields if part is not None else ()))]
+        group = type(inner) if isinstance(inner, Settings) else group
+        found += [name, *(f"{name}.{field}" for field in (group.model_fields if group is not None else ()))]
     return found

@@ -88,7 +88,8 @@ class Outputs(NamedTuple):
     logits: Tensor
     features: dict[str, Tensor]
 
-    __repr__ = with_shapes
+    def __repr__(self) -> str:
+        return with_shapes(self)
 
     def promote(self, dtype: torch.dtype) -> "Outputs":
         """Returns the outputs with values of lower precision converted to a floating point type."""
