@@ -1,5 +1,7 @@
-# `make quickstart` and `make test` need nothing but Python: both make .venv first. PYTHON=… picks the interpreter.
+# `make quickstart` and `make test` need nothing but Python: both make .venv first. PYTHON=… picks the interpreter,
+# TORCH_INDEX=… another index for torch, such as PyTorch's for CPUs, whose wheels are much smaller (docs/install.md).
 PYTHON ?= python3
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 FLOOR := .venv-floor
@@ -38,32 +40,34 @@ docs: $(VENV)/installed-docs
 	@echo "build/docs/index.html"
 
 # Wheel and source archive in dist/.
-dist: $(VENV)/installed-dev
+dist: $(VENV)/bin/python
+	$(BIN)/pip install 'build>=1.2.1'
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mdistiller needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install torch torchvision --index-url $(TORCH_INDEX))
 
 # Marked by files, so that a change of pyproject.toml installs again.
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --editable .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --editable '.[dev]'
 	touch $@ $(VENV)/installed
 
 $(VENV)/installed-docs: $(VENV)/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/pip install --editable '.[docs]'
 	touch $@ $(VENV)/installed
 
 $(FLOOR)/installed-dev: pyproject.toml .ci/floor.py
 	rm -rf $(FLOOR)
 	$(PYTHON) -m venv $(FLOOR)
 	$(PYTHON) .ci/floor.py > $(FLOOR)/constraints.txt
-	$(FLOOR)/bin/pip install --quiet --editable '.[dev]' --constraint $(FLOOR)/constraints.txt
+	$(FLOOR)/bin/pip install --editable '.[dev]' --constraint $(FLOOR)/constraints.txt
 	touch $@
 
 clean:

@@ -103,6 +103,12 @@ def test_the_metadata_of_a_release():
     assert f"version: {metadata.version('mdistiller')}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+def test_the_source_archive_leaves_out_results():
+    hatch = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]
+    assert hatch["build"]["targets"]["sdist"]["exclude"] == ["/results"]
+    assert (ROOT / "results").is_dir()
+
+
 def test_ci_runs_targets_of_the_makefile():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     workflows = ROOT / ".github" / "workflows"

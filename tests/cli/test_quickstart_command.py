@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mdistiller.cli.main import find_command
 from mdistiller.recipes.quickstart import SETTING
 
 
@@ -59,6 +60,21 @@ def test_says_its_setting_and_what_was_measured(quickstart):
     for row in found["rows"]:
         assert row["label"] in page
         assert f">{row['last']['mean']:.2f}</td>" in page
+
+
+@pytest.mark.slow
+def test_ends_with_the_answer_the_report_and_commands_that_work(quickstart):
+    out, done = quickstart
+    end = done.err.rpartition("writing the report about 4 runs …\n")[2]
+    answer, _, rest = end.partition("\nreport: ")
+    rows = done.json()["rows"]
+    best = max(rows[2:], key=lambda row: row["last"]["mean"])
+    assert f"{'DKD' if best is rows[3] else 'KD'} {best['last']['mean']:.1f} %" in answer
+    assert rest.startswith(f"{out / 'report.html'} (0:0")
+    commands = [line.partition("mdistiller ")[2].split() for line in rest.splitlines() if line[:2] == "  "]
+    assert [words[0] for words in commands] == ["compare", "export", "train"]
+    for command, *args in commands:
+        find_command(command).parse(args)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mdistiller.cli.options import Command
 
 _COMMANDS = """\
-  quickstart           the whole job in two minutes: teacher, student, KD, DKD
+  quickstart           the whole job in minutes: teacher, student, KD, DKD
   train RECIPE         train or distil; a run folder as RECIPE repeats its run
   eval RUN             metrics of a run's student, or of MODEL --checkpoint FILE
   list WHAT            methods, models or recipes
