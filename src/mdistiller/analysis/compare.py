@@ -199,6 +199,8 @@ def _teacher(member: _Member) -> _Entry:
     files = [find_weights(t.checkpoint) for t in config.teachers if t.checkpoint is not None]
     if len(files) < len(config.teachers):  # a config is data: nothing is downloaded for it
         raise ConfigError(f"a teacher of {member.run.path} has no checkpoint file")
+    for teacher in config.teachers:  # a backbone has no metric
+        member.task.check_model(teacher.name)
     module = member.task.build_teacher(config, member.data()).eval()
     model = member.task.deployment().as_model(module)
     return _Entry(

@@ -204,6 +204,8 @@ def test_a_foundation_model_by_one_flag(data, stored, tmp_path, capsys):
     assert stored_config["recipe"] == f"small.tokens.{NAME}_fcos_resnet18"
     assert get_recipe(stored_config["recipe"]).teacher.name == NAME
     assert command(["eval", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    with pytest.warns(UserWarning, match="teacher left out: unknown detector"):
+        assert command(["compare", str(tmp_path / "run"), "--threads", "1"]) == 0
 
 
 def test_a_detector_and_a_foundation_model(data, stored, tmp_path):

@@ -8,17 +8,21 @@ import timm
 import torch
 import torchvision
 from PIL import Image
+from processes import run_group
 from safetensors.torch import load_file, save_file
-from small_runs import run_card
+from small_runs import StopAfter, run_card
 from unlabeled import SETTINGS, VIT, save_images, small
 
 import mdistiller
 from mdistiller.cli.main import run as command
 from mdistiller.data import load_data
-from mdistiller.errors import ConfigError, DataError
+from mdistiller.errors import ConfigError, DataError, Interrupted
 from mdistiller.methods import get_method, list_methods
+from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe
+from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.embed.config import EmbedConfig, EmbedData, suits
+from mdistiller.training.launch import train
 
 METHODS = [name for name in list_methods() if suits(get_method(name))]
 
@@ -94,6 +98,38 @@ def test_a_dataset_of_images_alone(tmp_path, vit):
     assert run.config.data.val_fraction == 0.1
     with pytest.raises(ConfigError, match="without a test set"):
         mdistiller.distill("resnet8", vit, Pictures(), out=tmp_path / "no")
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    """The high bytes of 16-bit grayscale files train the same student."""
+    for name, dtype in (("deep", np.uint16), ("flat", np.uint8)):
+        (tmp_path / name).mkdir()
+        for i in range(30):
+            pixels = np.random.default_rng(i).integers(0, 2**16, (32, 32), dtype=np.uint16)
+            Image.fromarray((pixels >> 16 - 8 * dtype().nbytes).astype(dtype)).save(
+                tmp_path / name / f"{i}.png"
+            )
+        torch.manual_seed(0)
+        teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+        distill("resnet8", teacher, small(tmp_path / name), tmp_path / f"{name}-run")
+    assert_same(tmp_path / "deep-run", tmp_path / "flat-run")
+
+
+@pytest.mark.parametrize("shape", [(6, 32, 32), (2, 32, 32)])
+def test_other_numbers_of_channels_are_one_error(tmp_path, vit, shape):
+    bands = [torch.zeros(shape, dtype=torch.uint8) for _ in range(30)]
+    with pytest.raises(
+        ConfigError, match=r"train\[0\] is a tensor \[\d, 32, 32\]; allowed: .* \[3, H, W\] or \[1,"
+    ):
+        distill("resnet8", vit, Bands(bands), tmp_path / "run")
+
+
+class Bands(Pictures):
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, i):
+        return self.images[i]
 
 
 # Teachers
@@ -238,15 +274,53 @@ def test_an_evaluation_probes_labeled_images(run, images, vit, tmp_path):
         distill("resnet8", vit, small(images, probe=tmp_path / "nothing"), tmp_path / "no")
 
 
-def test_a_repeated_run_has_the_same_bits(images, tmp_path):
-    for name in ("1", "2"):
+def assert_same(first, second):
+    """Bit for bit."""
+    one, other = (load_file(folder / "student.safetensors") for folder in (first, second))
+    assert all(value.equal(other[key]) for key, value in one.items())
+
+
+def test_a_repeated_run_and_a_resumed_one_have_the_same_bits(images, tmp_path):
+    def start(name, **changes):
         torch.manual_seed(0)
         teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
         method = {"name": "tokens", "standardize": True, "patch_loss": {"l2": 1.0}}
-        settings = {"epochs": 2, "max_steps": 10, "augment": {"flip": True}}
-        distill("resnet8", teacher, small(images), tmp_path / name, method, **settings)
-    states = [load_file(tmp_path / name / "student.safetensors") for name in ("1", "2")]
-    assert all(value.equal(states[1][key]) for key, value in states[0].items())
+        settings = {"epochs": 2, "max_steps": 10, "augment": {"flip": True}, **changes}
+        return distill("resnet8", teacher, small(images), tmp_path / name, method, **settings)
+
+    whole = start("whole")
+    start("again")
+    assert_same(tmp_path / "whole", tmp_path / "again")
+    with pytest.raises(Interrupted, match="SIGTERM after step 7"):
+        start("cut", reporter=StopAfter(7))
+    resumed = start("cut", resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    assert resumed.metrics[-2]["loss"] == whole.metrics[-2]["loss"]
+
+
+def two_processes(images, teacher, out):
+    config = get_recipe("embed.tokens.timm/vit_tiny_patch16_224", teacher=ModelConfig(**teacher))
+    student = {"options": {**VIT, "embed_dim": 24}}  # no batch norm, whose statistics are a process's
+    train(config.replace(student=student, data=small(images), out=out, **SETTINGS))
+
+
+def test_two_processes_train_as_one(images, tmp_path, vit):
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    teacher = {
+        "name": "timm/vit_tiny_patch16_224",
+        "options": VIT,
+        "checkpoint": tmp_path / "vit.safetensors",
+    }
+    codes, _, errors = run_group(two_processes, images, teacher, tmp_path / "two")
+    assert codes == [0, 0], errors
+    two_processes(images, teacher, tmp_path / "one")
+    two, one = ([*read_metrics(tmp_path / name)] for name in ("two", "one"))
+    for name in ("tokens_patch", "tokens_global", "loss"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-4)
+    assert two[-2]["agreement"] == pytest.approx(one[-2]["agreement"], abs=5)
+    states = [load_file(tmp_path / name / "student.safetensors") for name in ("two", "one")]
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=0, atol=1e-3, msg=name)
 
 
 def test_timm_and_torchvision_load_the_student(run, images, vit, tmp_path):
@@ -277,7 +351,7 @@ def test_a_classifier_and_the_next_embedding_start_from_it(run, labeled, images,
     assert teacher.config.teacher.checkpoint == run.path
 
 
-@pytest.mark.parametrize("format", ["safetensors", "torch-export"])
+@pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])
 def test_an_export_gives_embeddings(run, images, tmp_path, format):
     with pytest.warns(UserWarning, match="not measured"):
         folder = run.export(format, out=tmp_path / "export")
