@@ -301,7 +301,8 @@ def test_a_repeated_run_and_a_resumed_one_have_the_same_bits(images, tmp_path):
 def two_processes(images, teacher, out):
     config = get_recipe("embed.tokens.timm/vit_tiny_patch16_224", teacher=ModelConfig(**teacher))
     student = {"options": {**VIT, "embed_dim": 24}}  # no batch norm, whose statistics are a process's
-    train(config.replace(student=student, data=small(images), out=out, **SETTINGS))
+    optim = {"name": "sgd", "lr": 0.1, "lr_warmup": 0.0, "weight_decay": 0.0}
+    train(config.replace(student=student, optim=optim, data=small(images), out=out, **SETTINGS))
 
 
 def test_two_processes_train_as_one(images, tmp_path, vit):
@@ -320,7 +321,7 @@ def test_two_processes_train_as_one(images, tmp_path, vit):
     assert two[-2]["agreement"] == pytest.approx(one[-2]["agreement"], abs=5)
     states = [load_file(tmp_path / name / "student.safetensors") for name in ("two", "one")]
     for name, value in states[0].items():
-        torch.testing.assert_close(value, states[1][name], rtol=0, atol=1e-3, msg=name)
+        torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_timm_and_torchvision_load_the_student(run, images, vit, tmp_path):
