@@ -74,6 +74,7 @@ NOT_COMPARED = {
     "vkd": "the authors' loss is written in their training loop (roymiles/vkd, engine.py)",
     "fgfi": "likewise (twangnh/Distilling-Object-Detectors, trainval_net_sup.py)",
     "srrl": "its softmax regression term, likewise (train_imagenet_distillation.py)",
+    "pld": "the authors' code is a listing in their paper; no repository of theirs is known",
     "eskd": "KD until a given step; no repository of the authors is known",
     "bckd, crosskd": "the losses of boxes, and CrossKD's scaling of maps, need mmcv",
     "ofa": "its projectors, which differ on purpose (docs/methods/ofa.md)",

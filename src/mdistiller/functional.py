@@ -30,6 +30,7 @@ from mdistiller.methods.nst import nst_loss
 from mdistiller.methods.ofa import ofa_loss
 from mdistiller.methods.ofd import ofd_loss, ofd_margin
 from mdistiller.methods.pkt import pkt_loss
+from mdistiller.methods.pld import pld_loss
 from mdistiller.methods.reviewkd import hcl_loss
 from mdistiller.methods.rkd import rkd_loss
 from mdistiller.methods.rld import rld_loss
@@ -77,6 +78,7 @@ __all__ = [
     "ofd_loss",
     "ofd_margin",
     "pkt_loss",
+    "pld_loss",
     "rkd_loss",
     "rld_loss",
     "semckd_loss",

@@ -188,6 +188,7 @@ CASES = {
             for rows in ([[0.0, 0.0]] * 3, [[1e4, -1e4], [-1e4, 1e4], [1e4, -1e4]])
         ],
     ),
+    "pld_loss": Case([(*LOGITS, IDS)], extremes=WITH_IDS, extreme_settings=HOT, least=-1e-3),
     "rld_loss": Case([(*LOGITS, IDS)], extremes=WITH_IDS, extreme_settings=HOT, least=-1e-3),
     "semckd_loss": Case([(uniform(5, 2, 3), normal(5, 2, 3).softmax(2))]),
     "simkd_loss": Case([pair(2, 3, 2, 4, other=(2, 3, 4, 4))]),
@@ -263,6 +264,7 @@ SIGNATURES = {
     "ofd_margin": "(batch_norm)",
     "pkt_loss": "(student_embedding, teacher_embedding)",
     "rkd_loss": "(student_embedding, teacher_embedding, *, distance_weight=25.0, angle_weight=50.0)",
+    "pld_loss": f"(student_logits, teacher_logits, target, *, temperature=1.0, {TARGETS}",
     "rld_loss": "(student_logits, teacher_logits, target, *, alpha=1.0, beta=8.0, temperature=4.0, "
     f"confidence_temperature=4.0, {TARGETS}",
     "semckd_loss": "(distances, attention)",
