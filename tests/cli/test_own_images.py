@@ -97,8 +97,8 @@ def test_settings_and_measured_weights_are_shown_and_stored(cli, run, images, tm
     )
     plan = cli("train", "folder.dkd+at.resnet8", *flags, "--dry-run")
     assert plan.code == 0, plan.err
-    settings = "dkd+at: dkd.temperature 1, dkd.warmup 0 (ImageNet's settings)"
-    assert f"{settings}; at.weight auto (measured before" in plan.message
+    settings = "weights of auto are measured before the first step; changed: method.dkd.beta 2"
+    assert settings in plan.message
     assert not (tmp_path / "run").exists()
     done = cli("train", "folder.dkd+at.resnet8", *flags)
     assert done.code == 0, done.err

@@ -12,7 +12,7 @@ from mdistiller.deploy.measure import count_macs
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.models.own_input import without_own_input
-from mdistiller.recipes.describe import describe_length, describe_settings, describe_source, method_lines
+from mdistiller.recipes.describe import describe_length, describe_source, method_lines
 from mdistiller.runs.folder import CONFIG, free_folder
 from mdistiller.runs.progress import ProgressDisplay
 from mdistiller.taps import without_storage
@@ -129,7 +129,7 @@ def _method(config: RunConfig) -> str:
     name = config.method.method_name
     if name == "none":
         return "none: the student alone"
-    source = describe_settings(config) or describe_source(config)
+    source = describe_source(config)
     values = [line for line in method_lines(config.method.model_dump(), "") if "task_weight" not in line]
     text = f"{name}: {', '.join(values[:_VALUES])}{', …' * (len(values) > _VALUES)}" if values else name
     return f"{text}; settings: {source}" if source else text

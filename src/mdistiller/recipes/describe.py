@@ -111,30 +111,12 @@ def _source_of(found: Found) -> str:
     return UNPUBLISHED
 
 
-def describe_settings(config: RunConfig) -> str | None:
-    """Returns a line about the settings that a recipe chose for its method, and their source.
-
-    None: the family names no source, or the settings are the method's defaults.
-    """
-    recipe, (prefix, method, _) = recipe_of(config), split_name(config.recipe)
-    family = find_family(prefix)
-    if recipe is None or family is None or not family.settings or recipe.teacher is None:
-        return None
-    usual, mine = (flatten(c.model_dump()) for c in (family.method_config(method), config.method))
-    chosen: dict[str, list[str]] = {}
-    for name, value in flatten(recipe.method.model_dump()).items():
-        if value != usual.get(name) and value == mine.get(name):
-            source = "measured before the first step" if value == "auto" else family.settings
-            chosen.setdefault(source, []).append(f"{name} {_text(value)}")
-    texts = [f"{', '.join(fields)} ({source})" for source, fields in chosen.items()]
-    return f"{method}: {'; '.join(texts)}" if texts else None
-
-
 def describe_source(config: RunConfig) -> str | None:
     """Returns the origin of a config's values, and those that differ from its recipe's; None without one."""
     if (recipe := recipe_of(config)) is None:
         return None
-    text = _source_of(find_published(config.recipe))
+    family = find_family(split_name(config.recipe)[0])
+    text = (family.settings if family else "") or _source_of(find_published(config.recipe))
     changed = [line for line in differences(config, recipe) if line.startswith("method.")]
     return f"{text}; changed: {', '.join(changed)}" if changed else text
 

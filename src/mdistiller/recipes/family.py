@@ -28,7 +28,7 @@ class Family:
     tune: changes the hyper-parameters of a method, and of its parts, for a pair.
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
-    settings: the source of the settings of `tune`, for the line at the start of a run; empty: no line.
+    settings: the source of the settings of `tune`, for the line at the start of a run; empty: `published`.
     published: the file of published runs that serves the family's pairs; empty: none does.
     schedules: whether pairs have the optimizer and length of their published runs.
     own_data: whether the published runs are of the family's data; False: only their settings serve.

@@ -18,7 +18,7 @@ register_family(
         ("torchvision/resnet50_torchvision/resnet18",),
         basic.tune,
         photographs=True,
-        settings="ImageNet's settings",
+        settings="ImageNet's; weights of auto are measured before the first step",
         finetune=basic.finetune,
     ),
 )
