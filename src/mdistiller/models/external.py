@@ -2,8 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +17,13 @@ from mdistiller.errors import (
     UnknownNameError,
     nearest_names,
 )
-from mdistiller.models.download import find_hub_weights, limited_wait
 from mdistiller.models.tap_table import last_linear, tap_table, without_adapters
 from mdistiller.models.transformers_taps import transformers_points
 from mdistiller.types import Line
 
 LIBRARIES = ("timm", "torchvision")
 _MOBILENET_V3 = ("width_mult", "reduced_tail", "dilated")  # options that no signature names
+_SECONDS = 10.0  # longest wait of torch.hub for a silent host
 
 
 def create_external(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
@@ -35,12 +36,10 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
     library, _, short = name.partition("/")
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        with limited_wait():
+        with _limited_wait():
             if library == "timm":
                 import timm
 
-                if is_pretrained(options):
-                    options = find_hub_weights(short, options)
                 model = timm.create_model(short, **classes | options)
             else:
                 model = _build_torchvision(short, num_classes, options)
@@ -71,6 +70,17 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
     return model
+
+
+@contextmanager
+def _limited_wait() -> Iterator[None]:
+    """Context in which torch.hub waits 10 seconds for a silent host, not as long as the system does."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_SECONDS if before is None else before)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def check_external(name: str) -> None:
