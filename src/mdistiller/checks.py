@@ -172,11 +172,22 @@ def take_labels(inputs: object, method: Method | None = None) -> tuple[Inputs, T
     return {key: value for key, value in inputs.items() if key != names[0]}, inputs[names[0]]
 
 
-def wrong_losses(name: str, got: str) -> ConfigError:
-    """Returns the error of a method that returned something else than losses."""
-    return ConfigError(
-        f"method {name!r} must return a dict of scalar tensors by name, its distillation losses; got {got}"
-    )
+def check_losses(name: str, found: object, *, some: bool) -> None:
+    """Checks the types and shapes of a method's losses; with `some`, that there is one.
+
+    No value is read: no wait for the device, and nothing left once compiled.
+    """
+    got = ""
+    if not isinstance(found, dict) or (some and not found):
+        got = "an empty one" if found == {} else type(found).__name__
+    elif wrong := [key for key, x in found.items() if not (isinstance(x, Tensor) and x.ndim == 0)]:
+        got = f"{wrong[0]!r}: {brief(found[wrong[0]])}"
+    elif "task" in found:
+        got = "'task': the task's own loss is added for every method"
+    if got:
+        raise ConfigError(
+            f"method {name!r} must return its distillation losses, a dict of scalar tensors by name; got {got}"
+        )
 
 
 def without_logits(name: str, got: str) -> ConfigError:

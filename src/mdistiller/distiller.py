@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mdistiller.checks import (
     NamedFeatures,
-    brief,
     check_apart,
     check_index,
+    check_losses,
     check_target,
     check_teacher,
     check_views,
@@ -21,7 +21,6 @@ from mdistiller.checks import (
     one_each,
     take_labels,
     without_logits,
-    wrong_losses,
 )
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy, labelled_rows
@@ -388,14 +387,8 @@ class Distiller(nn.Module):
             found = self.method(student, teacher, batch, done)
         except ConfigError as error:
             raise explain_classes(error, student.logits, teacher.logits) from error
-        # Only types and shapes are checked: no wait for the device, and nothing left once compiled.
-        if not isinstance(found, dict) or (self.method.needs.teacher and not found):
-            raise wrong_losses(name, "an empty one" if found == {} else type(found).__name__)
+        check_losses(name, found, some=self.method.needs.teacher)
         for key, value in found.items():
-            if not (isinstance(value, Tensor) and value.ndim == 0):
-                raise wrong_losses(name, f"{key!r}: {brief(value)}")
-            if key == "task":
-                raise wrong_losses(name, "'task': the task's own loss is added for every method")
             losses[key] = value if has_class is None else value * has_class
         parts = torch.stack(list(losses.values()))
         total = parts.sum(dtype=torch.promote_types(parts.dtype, torch.float32))
