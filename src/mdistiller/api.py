@@ -336,9 +336,7 @@ def distill(
     recipes = find_family(task or "folder")
     if recipes is None:
         raise UnknownNameError("task", str(task), list_families())
-    config = None if task is None else recipes.baseline(task)  # of any model
-    labelled = config is None or getattr(config.data_settings, "labelled", True)
-    family, data_fields, readers = find_data(data, labelled=labelled)
+    family, data_fields, readers = find_data(data, labelled=recipes.labelled)
     family = task or family
     methods = [recipes.method if one is None else one for one in methods]
     objects.data.update(readers)

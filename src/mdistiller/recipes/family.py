@@ -40,6 +40,9 @@ class Family:
     about: ClassVar[str] = ""
     """Form of pairs and models, where they are more than the names of models."""
 
+    labelled: ClassVar[bool] = True
+    """Whether the data have labels."""
+
     baseline: Callable[[str], RunConfig]
     pairs: tuple[str, ...]
     tune: Callable[[MethodConfig, str, str], MethodConfig] = lambda method, teacher, student: method

@@ -1,6 +1,7 @@
 """Runs without labels: data of every form, teachers of every library, methods, metrics and results."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from mdistiller.errors import ConfigError, DataError, Interrupted
 from mdistiller.methods import get_method, list_methods
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe
+from mdistiller.recipes.family import _FAMILIES, find_family
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.embed.config import EmbedConfig, EmbedData, suits
 from mdistiller.training.launch import train
@@ -350,6 +352,15 @@ def test_a_classifier_and_the_next_embedding_start_from_it(run, labeled, images,
     assert tuned.student(torch.randn(1, 3, 32, 32)).shape == (1, 2)
     teacher = mdistiller.distill("resnet8", run, small(images), task="embed", out=tmp_path / "2", **SETTINGS)
     assert teacher.config.teacher.checkpoint == run.path
+
+
+def test_no_recipe_is_asked_for_a_model_that_is_none(run, images, tmp_path, monkeypatch):
+    family, asked = find_family("embed"), []
+    monkeypatch.setitem(
+        _FAMILIES, "embed", replace(family, baseline=lambda name: asked.append(name) or family.baseline(name))
+    )
+    distill("resnet8", run, small(images), tmp_path / "run")
+    assert set(asked) == {"resnet8"}
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])
