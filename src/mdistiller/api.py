@@ -188,11 +188,17 @@ class Run:
             options: those of `export` beside `out`.
 
         Raises:
-            ConfigError: another form of name, or huggingface_hub is not installed.
+            ConfigError: another form of name, a student that was given as a module, or huggingface_hub is not
+                installed.
             CheckpointError: the Hub refuses the upload.
         """
         from mdistiller.deploy.hub import push_student
 
+        if self.config.student.name in self.objects.models:
+            raise ConfigError(
+                f"student: nobody else can build {self.config.student.name!r}, which was given as a module; "
+                "allowed: models by name, also registered ones (mdistiller.register_model)"
+            )
         with self.objects.known():
             return push_student(self.folder, repo, private=private, license=license, **options)
 

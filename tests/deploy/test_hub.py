@@ -24,6 +24,9 @@ from mdistiller.models.weights import read_metadata
 
 pytest.importorskip("huggingface_hub")
 
+DATA = {"kind": "digits", "train_limit": 60, "test_limit": 30}
+SMALL = {"epochs": 1, "batch_size": 30, "device": "cpu", "layout": "contiguous"}
+
 USER = r"""
 import contextlib, json, os, sys
 import mdistiller
@@ -233,10 +236,8 @@ def poisoned_files(folder, metadata):
 def used(tmp_path_factory):
     """The server after a user's session with it, the findings of the session, its stderr, and its folder."""
     folder, hub = tmp_path_factory.mktemp("hub"), Hub()
-    data = {"kind": "digits", "train_limit": 60, "test_limit": 30}
-    settings = {"epochs": 1, "batch_size": 30, "device": "cpu", "layout": "contiguous"}
     for name in ("resnet8", "resnet14"):
-        mdistiller.distill(name, None, data, "none", out=folder / name, **settings)
+        mdistiller.distill(name, None, DATA, "none", out=folder / name, **SMALL)
     small, large = ((folder / name / "student.safetensors").read_bytes() for name in ("resnet8", "resnet14"))
     save_file({"weight": torch.zeros(2)}, folder / "foreign.safetensors")
     hub.repos = {
@@ -368,6 +369,13 @@ def test_a_refused_upload_is_one_error(used):
 def test_a_wrong_name_is_refused_before_the_export(used, repo):
     with pytest.raises(ConfigError, match="allowed: USER/REPO"):
         mdistiller.Run(used[3] / "a").push_to_hub(repo)
+
+
+def test_a_module_is_refused_because_nobody_else_can_build_it(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 10))
+    run = mdistiller.distill(model, None, DATA, "none", out=tmp_path / "run", **SMALL)
+    with pytest.raises(ConfigError, match="nobody else can build 'given/Sequential'"):
+        run.push_to_hub("me/module")
 
 
 def test_other_words_are_left_as_they_are():
