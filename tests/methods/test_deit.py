@@ -119,6 +119,15 @@ def test_in_a_sum_the_class_token_still_learns_the_labels(student, batch):
         mdistiller.Distiller(student, Teacher(), "lskd-deit")
 
 
+def test_several_teachers_share_both_tokens(student, batch):
+    image, label = batch
+    own, distilled = heads(student, image)
+    out = mdistiller.Distiller(student, [Teacher(), Teacher()], "deit")(image, label)
+    task = -np.mean(log_softmax(own, axis=1)[np.arange(6), label])
+    assert out.losses["task"].item() == pytest.approx(0.5 * task, rel=1e-6)
+    assert out.losses["deit"].item() == pytest.approx(hard(distilled, Teacher()(image).numpy()), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("timm/levit_128s", {}), ("timm/repvit_m1", {}), ("timm/iformer_m_distilled", {"pretrained": False})],
