@@ -13,7 +13,7 @@ from mdistiller.data.draws import Draws
 from mdistiller.functional import dist_loss, dkd_loss, kd_loss
 from mdistiller.methods.lskd import standardise
 from mdistiller.models import load_weights
-from mdistiller.training.row_store import Half, Int8
+from mdistiller.training.row_store import Half, Int8, Int8Tokens
 from mdistiller.types import Batch
 
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -46,6 +46,23 @@ def test_int8_is_its_formula(size):
             step = (given[others].max() - given[others].min()) / 255
             assert np.abs(row[others] - given[others]).max() <= step / 2 * 1.001 + 1e-6
             assert row[others].min() == given[others].min()
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [(1, 3), (5, 1), (17, 48)])
+def test_tokens_have_a_scale_for_each_channel(tokens, channels):
+    form = Int8Tokens(tokens * channels, channels)
+    random = np.random.default_rng(0)
+    values = random.normal(0, random.uniform(0, 1, channels) ** 4 * 100, (20, tokens, channels))
+    values[..., 0] = 3.0  # constant
+    flat = values.astype(np.float32).reshape(20, -1)
+    rows = form.encode(flat)
+    assert (rows.shape, rows.dtype) == ((20, form.row_bytes), np.uint8)
+    assert form.row_bytes == -(-(8 * channels + tokens * channels) // 4) * 4
+    assert form.decode(rows[:0]).shape == (0, tokens * channels)
+    found, given = (x.reshape(20, tokens, channels) for x in (form.decode(rows), flat))
+    step = (given.max(1) - given.min(1)) / 255
+    assert (np.abs(found - given).max(1) <= step / 2 * 1.001 + 1e-5).all()
+    np.testing.assert_array_equal(found.min(1), given.min(1))
 
 
 @pytest.mark.parametrize("size", [1, 3, 64, 101])

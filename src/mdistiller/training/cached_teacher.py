@@ -168,9 +168,11 @@ class CacheRows:
             rows = len(train) * self.slots(view) + 1  # the last one for `TeacherCache.check`
             kinds = {}
             if outputs.logits.ndim > 1:
-                kinds[LOGITS] = Stream(key, outputs.logits.shape[1], self.config.teacher_cache_format, rows)
+                form = self.config.cache_format(outputs.logits[0], is_logits=True)
+                kinds[LOGITS] = Stream(key, outputs.logits.shape[1], form, rows)
             for name, value in outputs.features.items():
-                kinds[name] = Stream({**key, "tap": name}, value[0].numel(), "fp16", rows)
+                form = self.config.cache_format(value[0], is_logits=False)
+                kinds[name] = Stream({**key, "tap": name}, value[0].numel(), form, rows)
             views.append(kinds)
         return views
 

@@ -4,7 +4,7 @@ import os
 import weakref
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,8 @@ _CHECKSUM, _PAD = 8, 4
 Bytes = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float32]
-Format = Literal["int8", "fp16"]
+Format = str
+"""`fp16`, `int8` for logits, or `int8/C` for tokens of C channels."""
 
 LARGEST = 65504.0  # of half precision
 
@@ -178,6 +179,34 @@ class Int8(RowFormat):
         return values
 
 
+class Int8Tokens(RowFormat):
+    """Tokens in one byte a number, with an offset and a scale for each channel of a row."""
+
+    def __init__(self, size: int, channels: int) -> None:
+        self.size, self.shape = size, (size // channels, channels)
+        self.head = 8 * channels
+        self.row_bytes = 4 * -(-(self.head + size) // 4)
+
+    def encode(self, values: Values) -> Bytes:
+        tokens = values.reshape(-1, *self.shape)
+        low = tokens.min(1, keepdims=True)
+        scale = (tokens.max(1, keepdims=True) - low) / np.float32(255)
+        levels = np.divide(tokens - low, scale, out=np.zeros_like(tokens), where=scale > 0)
+        rows = np.zeros((len(values), self.row_bytes), np.uint8)
+        rows[:, : self.head] = np.concatenate([low, scale], 2).astype("<f4")[:, 0].view(np.uint8)
+        rows[:, self.head : self.head + self.size] = np.rint(levels).reshape(values.shape)
+        return rows
+
+    def decode(self, rows: Bytes) -> Values:
+        head = np.ascontiguousarray(rows[:, : self.head]).view("<f4").astype(np.float32)
+        low, scale = np.split(head[:, None], 2, 2)
+        levels = rows[:, self.head : self.head + self.size].astype(np.float32)
+        values: Values = levels.reshape(-1, *self.shape) * scale + low
+        return values.reshape(levels.shape)
+
+
 def row_format(size: int, name: Format) -> RowFormat:
     """Returns the encoding of vectors of a size, by its name."""
+    if name.startswith("int8/"):
+        return Int8Tokens(size, int(name.removeprefix("int8/")))
     return Int8(size) if name == "int8" else Half(size)

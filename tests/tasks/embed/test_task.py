@@ -418,9 +418,11 @@ def test_the_command_line(images, tmp_path):
     assert command(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")]) == 0
 
 
-def test_the_cache_holds_token_maps_and_changes_no_bit_when_it_is_read(images, tmp_path):
+@pytest.mark.parametrize("form", ["fp16", "int8"])
+def test_the_cache_holds_token_maps_and_changes_no_bit_when_it_is_read(images, tmp_path, form):
     states, files = [], []
     settings = {"teacher_cache": tmp_path / "cache", "teacher_cache_taps": ("norm",), "teacher_views": 1}
+    settings["teacher_cache_format"] = form
     for name in ("1", "2"):
         torch.manual_seed(0)
         teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
@@ -429,4 +431,9 @@ def test_the_cache_holds_token_maps_and_changes_no_bit_when_it_is_read(images, t
         files.append({file: file.read_bytes() for file in (tmp_path / "cache").glob("*.rows")})
     assert all(value.equal(states[1][key]) for key, value in states[0].items())
     assert files[0] == files[1]
-    assert {file.stat().st_size // 36 // 1000 for file in files[0]} == {0, 1}  # 17 tokens of 48 halves
+    # 48 halves; 17 tokens of 48 halves, or 17 and two numbers for each of 48 channels.
+    found = {file.stat().st_size // 36 // 100 for file in files[0]}
+    assert found == {1, 16 if form == "fp16" else 12}
+    live = distill("resnet8", teacher, small(images), tmp_path / "live", max_steps=1)
+    for name in ("tokens_patch", "tokens_global"):
+        assert run.metrics[0][name] == pytest.approx(live.metrics[0][name], rel=2e-3)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from mdistiller.config import RunConfig
 from mdistiller.data import AugmentConfig, DataConfig
@@ -53,6 +54,10 @@ class ClassificationConfig(RunConfig):
     @property
     def blends_teachers(self) -> bool:
         return bool(self.more_teachers) and self.ensemble == "logits" and not self.has_own_methods
+
+    def cache_format(self, output: Tensor, *, is_logits: bool) -> str:
+        """Returns the format in which an image's output is stored."""
+        return self.teacher_cache_format if is_logits else "fp16"
 
     @property
     def augment_seed(self) -> int:

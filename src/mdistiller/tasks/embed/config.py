@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
+from torch import Tensor
 
 from mdistiller.data import DataConfig
 from mdistiller.errors import ConfigError
@@ -48,6 +49,12 @@ class EmbedConfig(ClassificationConfig):
     ensemble: Literal["logits", "losses"] = "losses"
     """Several teachers have no logits to average."""
     teacher_cache_format: Literal["int8", "fp16"] = "fp16"
+    """Format of the stored tokens. fp16: half precision. int8: one byte a number, with a scale for each
+    channel of an image, half the size. Embeddings and maps are always in half precision."""
+
+    def cache_format(self, output: Tensor, *, is_logits: bool) -> str:
+        is_tokens = output.ndim == 2 and self.teacher_cache_format == "int8"
+        return f"int8/{output.shape[1]}" if is_tokens else "fp16"
 
     @classmethod
     def method_class(cls, name: str) -> type[Method]:
