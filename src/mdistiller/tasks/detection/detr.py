@@ -217,6 +217,9 @@ class DetrAdapter(DetectorAdapter):
             kind = "_".join(name.split("_")[:2])
             if kind != "cardinality_error":
                 losses[kind] = losses.get(kind, 0) + factors.get(kind, 1.0) * value
+        if not any(map(len, objects)):  # those of denoising are unused, and DDP waits for their gradients
+            unused = [p for path, p in self.model.named_parameters() if "denoising" in path]
+            losses["loss_bbox"] = losses["loss_bbox"] + sum(0.0 * p.sum() for p in unused)
         return losses, DetectorPass(
             images=prepared,
             features=maps,
