@@ -7,6 +7,7 @@ import torch
 from tiny_detectors import batch, fcos, one_stage, two_stage, write_set
 
 from mdistiller.errors import ConfigError, DataError
+from mdistiller.models import create_model
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.detection.config import DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.distiller import DetectionDistiller
@@ -83,10 +84,16 @@ def test_other_methods_need_pseudo_boxes(method):
 
 
 def test_pseudo_boxes_need_one_teacher():
-    with pytest.raises(ConfigError, match="pseudo_score: got a method with 0 teachers; allowed: 1"):
+    with pytest.raises(
+        ConfigError, match="pseudo_score: got a method with 0 teachers with boxes; allowed: 1"
+    ):
         call(*batch(), "none", pseudo_score=0.5)
     with pytest.raises(ConfigError, match="with 2 teachers"):
         DetectionDistiller(one_stage(), [one_stage(1), one_stage(2)], ["pkd", "cwd"], pseudo_score=0.5)
+    backbone, images = create_model("resnet8", 4), {"mean": (0, 0, 0), "std": (1, 1, 1), "image_size": 64}
+    options = {"teacher_input": images, "student_taps": ("0",), "teacher_taps": ("stage3",)}
+    with pytest.raises(ConfigError, match="with 0 teachers with boxes"):
+        DetectionDistiller(one_stage(), backbone, "fitnet", pseudo_score=0.5, **options)
 
 
 # A run

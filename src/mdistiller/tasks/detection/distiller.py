@@ -11,6 +11,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig
 from mdistiller.tasks.detection.adapter import DetectorAdapter, DetectorPass, Targets, float32_coordinates
 from mdistiller.tasks.detection.adapters import adapter_of
+from mdistiller.tasks.detection.backbone import BackboneAdapter
 from mdistiller.tasks.detection.levels import OBJECTS, OVERLAP, resample, scale_between
 from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.tasks.detection.methods import (
@@ -220,8 +221,8 @@ class DetectionDistiller(Distiller):
             teacher_dropout=teacher_dropout,
         )
         self.pseudo_score = pseudo_score
-        if pseudo_score is not None and len(self.teachers) != 1:
-            raise ConfigError(f"pseudo_score: got a method with {len(self.teachers)} teachers; allowed: 1")
+        if pseudo_score is not None and len(found := self._detectors()) != 1:
+            raise ConfigError(f"pseudo_score: got a method with {len(found)} teachers with boxes; allowed: 1")
 
     def _default_config(self, name: str) -> MethodConfig:
         return default_config(name)
@@ -271,6 +272,10 @@ class DetectionDistiller(Distiller):
         labels = outputs.logits.new_empty(0) if result.labels is None else result.labels
         return StudentPass(outputs, Batch(result.images.tensors, labels, batch.index), losses, result)
 
+    def _detectors(self) -> list[nn.Module]:
+        members = () if self.asked is None else self.asked.members
+        return [m.model for m in members if not isinstance(adapter_of(m.model), BackboneAdapter)]
+
     @torch.no_grad()
     def _pseudo(self, images: list[Tensor]) -> Targets:
         """Returns the teacher's boxes from `pseudo_score` on, none without one, as targets."""
@@ -281,7 +286,7 @@ class DetectionDistiller(Distiller):
                 {"boxes": x.new_zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64, device=x.device)}
                 for x in images
             ]
-        (teacher,), targets = self.teachers, []
+        (teacher,), targets = self._detectors(), []
         with EvalMode(teacher.modules()), float32_coordinates(teacher):
             for image, found in zip(images, teacher(images), strict=True):
                 boxes = clip_boxes_to_image(found["boxes"].float(), image.shape[1:])
