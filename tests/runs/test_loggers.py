@@ -249,6 +249,12 @@ def test_hyper_parameters_are_those_that_differ_from_the_recipe(tmp_path):
 # Charts
 
 
+def values_of(line, names):
+    points = charts.points_of(line, names)
+    assert {point.step for point in points} == {line["step"]}
+    return {point.name: point.value for point in points}
+
+
 def test_charts_of_a_distilled_run():
     """A train line and an eval line, with the values of a run that come in both."""
     train = {
@@ -274,14 +280,14 @@ def test_charts_of_a_distilled_run():
     line |= {"classes": {"cat": 3.0}, "diagnostics": {"test": test, "train": test}, "train": {"loss": 3.0}}
     line |= {"ms_per_step": 7.0, "seconds": 8.0, "best_top1": 51.0}
     names = ("top1", "top5", "loss", "macro_f1")
-    assert charts.values_of(train, names) == {
+    assert values_of(train, names) == {
         "metric/top1_train": 9.0,
         "loss/total": 3.0,
         "loss/task": 1.0,
         "loss/dkd": 2.0,
         "loss/learning_rate": 0.1,
     }
-    assert charts.values_of(line, names) == {
+    assert values_of(line, names) == {
         "metric/top1": 50.0,
         "metric/best_top1": 51.0,
         "loss/test": 1.5,
@@ -300,40 +306,7 @@ def test_charts_of_a_distilled_run():
         "ms_per_step": 7.0,
     }
     shown = {"metric/AP": 3.0, "metric/best_AP": 3.0, "speed/ms_per_step": 7.0}
-    assert charts.values_of(detector, ("AP", "AP50")) == shown
-
-
-def lines_of(rates, losses):
-    """Train lines, then the summary."""
-    pairs = enumerate(zip(rates, losses, strict=True), 1)
-    lines = [{"kind": "train", "step": i, "epoch": 1, "lr": lr, "loss": loss} for i, (lr, loss) in pairs]
-    return [*lines, {"kind": "summary", "step": len(rates)}]
-
-
-@pytest.mark.parametrize("resumed", range(5))
-def test_a_chart_that_never_changes_is_left_out(resumed):
-    """And one that changes later has all its points, also after a resume."""
-    lines = lines_of([0.1, 0.1, 0.1, 0.1], [2.0, 2.0, 1.0, 1.0])
-    first, second = charts.Charts(("top1",)), charts.Charts(("top1",), lines[:resumed])
-    points = [p for line in lines[:resumed] for p in first.points(line)]
-    points += [p for line in lines[resumed:] for p in second.points(line)]
-    assert points == [
-        ("loss/total", 1, 2.0),
-        ("loss/total", 2, 2.0),
-        ("loss/total", 3, 1.0),
-        ("loss/total", 4, 1.0),
-    ]
-
-
-def test_a_short_run_has_its_only_point():
-    found = charts.Charts(("top1",))
-    first, summary = lines_of([0.1], [2.0])
-    assert found.points(first) == []
-    assert found.points(summary) == [("loss/total", 1, 2.0), ("loss/learning_rate", 1, 0.1)]
-    # The result may be the same in each epoch.
-    line = {"kind": "eval", "step": 1, "epoch": 1, "top1": 100.0}
-    assert found.points(line) == [("metric/top1", 1, 100.0)]
-    assert found.points(line | {"step": 2}) == [("metric/top1", 2, 100.0)]
+    assert values_of(detector, ("AP", "AP50")) == shown
 
 
 # Resuming and failing

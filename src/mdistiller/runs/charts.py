@@ -1,6 +1,6 @@
-"""The few charts of a run for loggers: metric, loss, transfer and speed, without constant values."""
+"""The few charts of a run for loggers: metric, loss, transfer and speed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mdistiller.types import Line
@@ -18,46 +18,11 @@ class Point(NamedTuple):
     value: float
 
 
-class Charts:
-    """Points of a run's charts, from the lines of its metrics.jsonl.
+def points_of(line: Line, metrics: Sequence[str]) -> list[Point]:
+    """Returns the values of a line of metrics.jsonl that have a chart, such as `loss/dkd`.
 
-    A chart appears with its second value: points that are all equal are held back. The metrics, which are
-    the run's result, and a chart with a single point at the run's end appear in any case.
-
-    Args:
-        metrics: names of an evaluation's metrics, the one that picks the best epoch first.
-        lines: earlier lines of the run, whose points have been written.
-    """
-
-    def __init__(self, metrics: Sequence[str], lines: Iterable[Line] = ()) -> None:
-        self.metrics = metrics
-        self.held: dict[str, list[Point]] = {}
-        self.shown: set[str] = set()
-        for line in lines:
-            self.points(line)
-
-    def points(self, line: Line) -> list[Point]:
-        """Returns the points to write after a line."""
-        if line["kind"] == "summary":
-            return [point for points in self.held.values() if len(points) == 1 for point in points]
-        found = []
-        for name, value in values_of(line, self.metrics).items():
-            point = Point(name, line["step"], value)
-            if name in self.shown or name.startswith(METRIC):
-                found.append(point)
-                continue
-            held = self.held.setdefault(name, [])
-            held.append(point)
-            if value != held[0].value:
-                self.shown.add(name)
-                found += self.held.pop(name)
-        return found
-
-
-def values_of(line: Line, metrics: Sequence[str]) -> dict[str, float]:
-    """Returns the values of a line that have a chart, by the chart's name, such as `loss/dkd`.
-
-    A value that is missing in the line, or no number, is left out: the file may be damaged.
+    Metrics are the names of an evaluation's, the one that picks the best epoch first. A value that is
+    missing in the line, or no number, is left out.
     """
     first = metrics[0]
     found: dict[str, object] = {}
@@ -75,7 +40,8 @@ def values_of(line: Line, metrics: Sequence[str]) -> dict[str, float]:
         seen = _part(_part(line, "diagnostics"), "test")
         found |= {f"transfer/{name}": seen.get(name) for name in _TRANSFER}
         found["speed/ms_per_step"] = line.get("ms_per_step")
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+    step = line["step"]
+    return [Point(name, step, value) for name, value in found.items() if isinstance(value, int | float)]
 
 
 def _part(values: Line, name: str) -> Line:

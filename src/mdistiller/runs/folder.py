@@ -107,7 +107,7 @@ class RunFolder:
                 case {"step": int(at), "kind": "train" | "eval"} if at <= step:
                     lines.append(line)
         write_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
-        self.loggers.start(step, lines)
+        self.loggers.start(step)
 
 
 def check_resumable(config: RunConfig, *, same_precision: bool = False) -> RunConfig:

@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from itertools import groupby
@@ -14,7 +14,7 @@ from typing import Protocol
 
 from mdistiller.config import RunConfig, with_choices_of
 from mdistiller.errors import install_command
-from mdistiller.runs.charts import METRIC, Charts, Point
+from mdistiller.runs.charts import METRIC, Point, points_of
 from mdistiller.settings import flatten
 from mdistiller.types import Line
 
@@ -179,17 +179,10 @@ class Loggers:
     def __init__(self, folder: Path, config: RunConfig, usual: RunConfig | None = None) -> None:
         self.folder, self.config, self.usual = folder, config, usual
         self.on: dict[str, Logger] = {}
-        self.charts = Charts(config.metrics)
         self.finished = False  # without a summary line, the run has failed
 
-    def start(self, resumed: int | None = None, lines: Sequence[Line] = ()) -> None:
-        """Starts the loggers.
-
-        Args:
-            resumed: the step from which a run resumes; None in a new run.
-            lines: the lines of metrics.jsonl up to that step.
-        """
-        self.charts = Charts(self.config.metrics, lines)
+    def start(self, resumed: int | None = None) -> None:
+        """Starts the loggers, of a new run or of one that resumes from a step."""
         for name in dict.fromkeys(self.config.log):
             with self._off_if_it_fails(name):
                 changed = hyper_parameters(self.config, self.usual)
@@ -198,7 +191,7 @@ class Loggers:
     def log(self, line: Line) -> None:
         """Passes on the points of one line of metrics.jsonl."""
         self.finished = line["kind"] == "summary"
-        points = self.charts.points(line) if self.on else []
+        points = points_of(line, self.config.metrics)
         for name, logger in list(self.on.items()):
             with self._off_if_it_fails(name):
                 logger.log(points)
