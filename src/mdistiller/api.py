@@ -13,12 +13,13 @@ from mdistiller.checks import one_each
 from mdistiller.config import RunConfig
 from mdistiller.deploy.student import find_student, load_student
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import MethodConfig, load_plugins
+from mdistiller.methods import MethodConfig, load_plugins, recorded_plugins
 from mdistiller.models import ModelConfig
+from mdistiller.models.external import is_pretrained
 from mdistiller.models.weights import read_metadata
 from mdistiller.recipes import get_recipe, recipe_of
 from mdistiller.recipes.family import find_family, list_families
-from mdistiller.runs.config_file import YAML
+from mdistiller.runs.config_file import YAML, read_values
 from mdistiller.runs.folder import CONFIG, read_metrics
 from mdistiller.runs.progress import ProgressDisplay, Reporter
 from mdistiller.training import launch
@@ -265,12 +266,29 @@ def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | No
         config = load_config(path, whole=True)
         return config.model_copy(update={"out": path.parent if resume else None})
     if path.suffix in YAML:
-        return load_config(path, whole=True)
+        return _read_yaml(path)
     if os.path.isdir(path):
         raise ConfigError(f"{path} is no run folder: it has no {CONFIG}")
     if os.path.isfile(path):
         raise ConfigError(f"{path} is a file; allowed: a recipe, a run folder, its {CONFIG} or a .yaml file")
     return None
+
+
+def _read_yaml(path: Path) -> RunConfig:
+    """Reads a YAML file; its recipe has the values of the fields that are left out."""
+    values = read_values(path)
+    recipe, start = values.get("recipe"), values.get("student")
+    if not isinstance(recipe, str) or not recipe or RunConfig.model_fields.keys() <= values.keys():
+        return load_config(path, whole=True)
+    loaded, absent = recorded_plugins(values.get("plugins"))
+    if absent:
+        raise ConfigError(f"{path}: plugins: {absent}")
+    start = start if isinstance(start, Mapping) else {}
+    pretrained = start.get("checkpoint") is not None or is_pretrained(start.get("options") or {})
+    try:
+        return get_recipe(recipe, pretrained=pretrained).replace(**values | {"plugins": tuple(loaded)})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def distill(

@@ -185,9 +185,8 @@ def check_losses(name: str, found: object, *, some: bool) -> None:
     elif "task" in found:
         got = "'task': the task's own loss is added for every method"
     if got:
-        raise ConfigError(
-            f"method {name!r} must return its distillation losses, a dict of scalar tensors by name; got {got}"
-        )
+        allowed = "a dict of scalar tensors by name, its distillation losses"
+        raise ConfigError(f"method {name!r} must return {allowed}; got {got}")
 
 
 def without_logits(name: str, got: str) -> ConfigError:

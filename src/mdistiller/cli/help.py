@@ -77,7 +77,7 @@ def help_text(
     width = max(30, min(_WIDEST, shutil.get_terminal_size().columns))
     known = [flag for flag in list_flags(command) if flag.path[0] not in hidden]
     arguments, flags = ([f for f in known if f.arg.positional is kind] for kind in (True, False))
-    shown = flags if every else [flag for flag in flags if flag.field in _EVERYDAY or _is_weight(flag)]
+    shown = flags if every else [flag for flag in flags if is_everyday(flag)]
     usage = " ".join(["usage:", prog, *(argument.name for argument in arguments), "[flags]"])
     lines = textwrap.wrap(usage, width, subsequent_indent="  ", break_on_hyphens=False)
     for paragraph in inspect.cleandoc(command.__doc__ or "").split("\n\n"):
@@ -95,9 +95,9 @@ def help_text(
     return "\n".join(lines)
 
 
-def _is_weight(flag: Flag) -> bool:
-    """Whether a flag is a number of the method, such as a weight, a temperature or a warmup."""
-    return flag.field.startswith("method.") and "FLOAT" in flag.metavar
+def is_everyday(flag: Flag) -> bool:
+    """Whether the short form has a flag: method weights, temperatures and warmups are in it."""
+    return flag.field in _EVERYDAY or (flag.field.startswith("method.") and "FLOAT" in flag.metavar)
 
 
 def _place(flag: Flag, fields: Sequence[str]) -> tuple[int, int]:
