@@ -2,9 +2,8 @@
 
 import inspect
 import re
-import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +16,13 @@ from mdistiller.errors import (
     UnknownNameError,
     nearest_names,
 )
+from mdistiller.models.download import limited_wait
 from mdistiller.models.tap_table import last_linear, tap_table, without_adapters
 from mdistiller.models.transformers_taps import transformers_points
 from mdistiller.types import Line
 
 LIBRARIES = ("timm", "torchvision")
 _MOBILENET_V3 = ("width_mult", "reduced_tail", "dilated")  # options that no signature names
-_SECONDS = 10.0  # longest wait of torch.hub for a silent host
 
 
 def create_external(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
@@ -36,7 +35,7 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
     library, _, short = name.partition("/")
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        with _limited_wait():
+        with limited_wait():
             if library == "timm":
                 import timm
 
@@ -70,17 +69,6 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
     return model
-
-
-@contextmanager
-def _limited_wait() -> Iterator[None]:
-    """Context in which torch.hub waits 10 seconds for a silent host, not as long as the system does."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_SECONDS if before is None else before)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def check_external(name: str) -> None:
