@@ -60,13 +60,12 @@ _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
 }
 
 
-def read_image(file: Path | BinaryIO, name: str | None = None, *, upright: bool = True) -> Image.Image:
+def read_image(file: Path | BinaryIO, *, upright: bool = True) -> Image.Image:
     """Reads an image in RGB: grey is repeated, transparency dropped, 16-bit grey cut to its high byte.
 
-    With `upright` it is turned as its EXIF orientation says. The DataError of an unreadable file has its
-    `name`, or its path.
+    With `upright` it is turned as its EXIF orientation says. An unreadable file is a DataError.
     """
-    with _opened(file, name or file) as image:
+    with _opened(file, file) as image:
         rgb = to_rgb(image)
         turn = _UPRIGHT.get(_orientation(image)) if upright else None
     return rgb if turn is None else Image.fromarray(np.ascontiguousarray(turn(np.asarray(rgb))))

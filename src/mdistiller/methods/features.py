@@ -136,17 +136,16 @@ def sum_pairs(loss: Callable[..., Tensor], *arguments: Iterable[object]) -> Tens
     return torch.stack([loss(*entries) for entries in zip(*arguments, strict=True)]).sum()
 
 
-def stages(model: nn.Module, suffix: str = "") -> tuple[str, ...]:
-    """Returns the canonical names `stage1` …, with a suffix ("" or ".preact"), that a model has.
+def stages(model: nn.Module) -> tuple[str, ...]:
+    """Returns the canonical names `stage1` … that a model has.
 
     Raises:
         ConfigError: the model has none.
     """
-    pattern = re.compile(r"stage\d+" + re.escape(suffix))
-    names = tuple(name for name in tap_points(model) if pattern.fullmatch(name))
+    names = tuple(name for name in tap_points(model) if re.fullmatch(r"stage\d+", name))
     if not names:
         raise ConfigError(
-            f"{type(model).__name__} has no tap named stageN{suffix}: give module paths in "
+            f"{type(model).__name__} has no tap named stageN: give module paths in "
             "method.student_taps and method.teacher_taps"
         )
     return names
@@ -171,12 +170,12 @@ def spread(names: tuple[str, ...], count: int) -> tuple[str, ...]:
     return tuple(names[math.ceil((i + 1) * len(names) / count) - 1] for i in range(count))
 
 
-def match_stages(student: nn.Module, teacher: nn.Module, suffix: str = "") -> TapPair:
+def match_stages(student: nn.Module, teacher: nn.Module) -> TapPair:
     """Returns as many stages of both models as the shallower one has, evenly spaced in the deeper one.
 
     Three stages meet the blocks 4, 8 and 12 of a transformer with twelve.
     """
-    first, second = stages(student, suffix), stages(teacher, suffix)
+    first, second = stages(student), stages(teacher)
     return spread(first, len(second)), spread(second, len(first))
 
 
