@@ -150,6 +150,11 @@ def check_teacher(outputs: Outputs, inputs: Inputs) -> None:
         )
 
 
+def reads_labels(method: Method) -> bool:
+    """Whether a loss of a distiller with this method reads labels."""
+    return method.needs.labels or method.config.task_weight > 0
+
+
 def take_labels(inputs: object, method: Method | None = None) -> tuple[Inputs, Tensor]:
     """Splits a mapping into the models' inputs and its entry `labels` (or `label`).
 
@@ -160,8 +165,13 @@ def take_labels(inputs: object, method: Method | None = None) -> tuple[Inputs, T
     """
     names = [name for name in ("labels", "label") if isinstance(inputs, Mapping) and name in inputs]
     values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
-    needed = method is None or method.needs.labels or method.config.task_weight > 0
-    if not needed and not names and values and isinstance(values[0], Tensor):
+    if (
+        method is not None
+        and not reads_labels(method)
+        and not names
+        and values
+        and isinstance(values[0], Tensor)
+    ):
         return inputs, torch.full(values[0].shape[:1], IGNORED, device=values[0].device)
     if not isinstance(inputs, Mapping) or not names:
         got = f"a mapping of {list(inputs)}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"

@@ -19,6 +19,7 @@ from mdistiller.checks import (
     check_views,
     explain_classes,
     one_each,
+    reads_labels,
     take_labels,
     without_logits,
 )
@@ -364,7 +365,8 @@ class Distiller(nn.Module):
         if self._as_rows and logits.ndim > 2:
             if isinstance(self.asked, Teachers):
                 raise ConfigError("several teachers need logits [B, classes], or per_position=False")
-            student, teacher, batch = self._as_rows(student, teacher, batch)
+            reads = target is not None or reads_labels(self.method)
+            student, teacher, batch = self._as_rows(student, teacher, batch, reads_labels=reads)
         checks = not torch.compiler.is_compiling() and (device.type == "cpu" or not self._checked)
         if checks and self._has_classes and task is None and logits.ndim == 2:
             check_target(self.method, batch.label, logits)

@@ -1,14 +1,15 @@
 """Task losses, functions of the student's outputs and the batch; dense predictions as rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import count_labelled, promote
-from mdistiller.types import IGNORED, Batch, Outputs
+from mdistiller.types import IGNORED, Batch, Inputs, Outputs
 
 TaskLoss = Callable[[Outputs, Batch], Tensor | dict[str, Tensor]]
 """Computes the scalar task loss from the student's outputs and the batch, or several by name."""
@@ -69,20 +70,30 @@ def binary_cross_entropy(outputs: Outputs, batch: Batch) -> Tensor:
 
 
 def as_rows(
-    student: Outputs, teacher: Outputs, batch: Batch, *, predict_next: bool = False, is_known: bool = False
+    student: Outputs,
+    teacher: Outputs,
+    batch: Batch,
+    *,
+    predict_next: bool = False,
+    is_known: bool = False,
+    reads_labels: bool = True,
 ) -> tuple[Outputs, Outputs, Batch]:
     """Makes a row of each position of dense predictions, so that losses of [B, classes] take them.
 
     Logits are [B, C, H, W] or [B, T, C], the teacher's likewise, and labels int64 [B, H, W] or [B, T], or
     float of the logits' shape. With `predict_next`, a position's label is that of the next one, and the last
     position has none. Features stay as they are. The classes may also be last before H and W, or before T,
-    as the shape of the labels says; where both fit, only logits of a form that `is_known` are taken.
+    as the shape of the labels says; where both fit, only logits of a form that `is_known` are taken. Unless a
+    loss `reads_labels`, a batch may have none (-100 for each sample): then every position of an
+    `attention_mask` among the inputs counts, without one every position.
 
     Raises:
         ConfigError: logits and labels, or the logits of student and teacher, of other positions; an axis of
             classes that is not known; labels of a language model that are no class ids.
     """
     shape, label = student.logits.shape, batch.label
+    if not reads_labels and label.ndim == 1 and bool((label == IGNORED).all()):
+        label = _positions(batch.image, student.logits, is_known=is_known or predict_next)
     if predict_next:
         if label.is_floating_point() or label.ndim != 2:
             raise ConfigError(
@@ -131,6 +142,26 @@ def as_rows(
         teacher._replace(logits=rows(teacher.logits)) if has_teacher else teacher,
         batch._replace(label=label),
     )
+
+
+def _positions(inputs: Inputs, logits: Tensor, *, is_known: bool) -> Tensor:
+    """Returns a label for each position of logits: 0, and -100 where the inputs' `attention_mask` is 0."""
+    shape = logits.shape
+    if not is_known:
+        raise ConfigError(
+            f"logits {list(shape)} without a target: it is not known which axis has the classes; say that "
+            "they are [B, T, C] or [B, C, H, W] by Distiller(..., logits_of=lambda out: out)"
+        )
+    label = logits.new_zeros((shape[0], *shape[2:]) if len(shape) > 3 else shape[:-1], dtype=torch.int64)
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is None:
+        return label
+    if mask.shape != label.shape:
+        raise ConfigError(
+            f"attention_mask {list(mask.shape)}, and logits at the positions {list(label.shape)}: without a "
+            "target the mask says which positions count; allowed: one shape, or a target"
+        )
+    return label.masked_fill(mask == 0, IGNORED)
 
 
 def labelled_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Outputs, Batch, Tensor]:

@@ -18,6 +18,75 @@ from mdistiller.integrations.hf import DistillTrainer  # noqa: E402
 from mdistiller.models.language import predicts_next  # noqa: E402
 
 
+def text(kind):
+    """A student, a teacher and two texts, the second with two words of padding."""
+    torch.manual_seed(0)
+    models = [kind() if inspect.isfunction(kind) else bert(kind, num_labels=3) for _ in range(2)]
+    words = torch.randint(1, WORDS, (2, 6))
+    mask = torch.ones_like(words)
+    mask[1, 4:] = 0
+    return models, {"input_ids": words * mask, "attention_mask": mask}
+
+
+TEXTS = ["BertForTokenClassification", "BertForMaskedLM", "llama", "gpt2"]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_without_labels(name):
+    """The loss is that with the words as labels, of which no method reads more than where there are some."""
+    models, inputs = text(globals().get(name) or getattr(transformers, name))
+    distiller = mdistiller.Distiller(*models, "kd", task_weight=0.0).eval()
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels = labels.clamp(max=2) if "Token" in name else labels
+    out, expected = distiller(inputs), distiller(inputs, labels)
+    assert "task" not in out.losses
+    torch.testing.assert_close(out.losses["kd"], expected.losses["kd"])
+    whole = distiller({"input_ids": inputs["input_ids"]})
+    assert (whole.loss - out.loss).abs() > 1e-6, "without a mask, every position counts"
+
+
+def test_positions_that_nothing_tells():
+    class Convolved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.conv = nn.Embedding(WORDS, 8), nn.Conv1d(8, 3, 1)
+
+        def forward(self, input_ids):
+            return self.conv(self.embed(input_ids).mT)
+
+    inputs = {"input_ids": torch.ones(2, 6, dtype=torch.int64)}
+    distiller = mdistiller.Distiller(Convolved(), Convolved(), "kd", task_weight=0.0)
+    with pytest.raises(
+        ConfigError, match=r"logits \[2, 3, 6\] without a target: .* logits_of=lambda out: out"
+    ):
+        distiller(inputs)
+    known = mdistiller.Distiller(
+        distiller.student, distiller.teacher, "kd", task_weight=0.0, logits_of=lambda out: out.mT
+    )
+    assert known(inputs).loss >= 0
+    inputs["attention_mask"] = torch.ones(2, 5, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"attention_mask \[2, 5\].* positions \[2, 6\]"):
+        known({**inputs})
+    labelled = mdistiller.Distiller(*text(llama)[0], "kd")
+    for target in (None, torch.full((2,), -100)):
+        with pytest.raises(ConfigError, match="target"):
+            labelled(text(llama)[1], target)
+
+
+def test_a_trainer_of_texts_without_labels(tmp_path):
+    models, inputs = text(llama)
+    rows = [{"input_ids": row[:4]} for row in inputs["input_ids"]]
+    made = mdistiller.Distiller(*models, "kd", task_weight=0.0)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), report_to="none", use_cpu=True, max_steps=2, save_strategy="no"
+    )
+    before = copy.deepcopy(made.student.state_dict())
+    DistillTrainer(made, arguments, train_dataset=rows).train()
+    assert any(not torch.equal(value, before[key]) for key, value in made.student.state_dict().items())
+    with pytest.raises(ConfigError, match="target: got none"):
+        DistillTrainer(mdistiller.Distiller(*models, "kd"), arguments, train_dataset=rows).train()
+
+
 class Words:
     """The part of a tokenizer that a collator reads."""
 

@@ -35,9 +35,9 @@ class DistillModel(torch.nn.Module):
         self.distiller, self.losses = distiller, dict[str, torch.Tensor]()
 
     def forward(self, labels: torch.Tensor | None = None, **inputs: Any) -> SequenceClassifierOutput:
-        """Returns loss and logits of a batch; without labels, the logits alone."""
+        """Returns loss and logits of a batch; in evaluation without labels, the logits alone."""
         index, progress = inputs.pop("index", None), inputs.pop("progress", None)
-        if labels is None or not self.training:
+        if not self.training:
             return SequenceClassifierOutput(*self.distiller.evaluate(inputs, labels))
         out = self.distiller(inputs, labels, index, progress)
         self.losses = {name: value.detach() for name, value in out.losses.items()}
