@@ -1,10 +1,15 @@
-"""A resumed run knows its teacher, and may read the same data elsewhere."""
+"""A resumed run knows its teacher and its data, which may be elsewhere."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from small_runs import StopAfter
 
 from mdistiller.data import DataConfig
-from mdistiller.errors import ConfigError
+from mdistiller.errors import ConfigError, Interrupted
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.folder import RunFolder, check_resumable
@@ -46,3 +51,66 @@ def test_the_data_may_have_moved(tmp_path):
         check_resumable(settings(tmp_path, memory="resident"))
     with pytest.raises(ConfigError, match="with another data"):
         check_resumable(settings(tmp_path, memory="stream", train_limit=8))
+
+
+def write_images(root):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for name in "abc":
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i}.bmp")
+
+
+def swap(one, other):
+    between = one.with_name("between")
+    one.rename(between)
+    other.rename(one)
+    between.rename(other)
+
+
+def brighten(root):
+    """Another image of the same name and size."""
+    Image.fromarray(np.full((16, 16, 3), 255, np.uint8)).save(root / "train" / "b" / "3.bmp")
+
+
+CHANGES = {
+    "the same elsewhere": (lambda root: None, None),
+    "an image": (brighten, "training images"),
+    "a test image": (lambda root: shutil.copy(root / "train/a/0.bmp", root / "val/a/0.bmp"), "test images"),
+    "files of other names": (
+        lambda root: swap(root / "train/a/0.bmp", root / "train/a/1.bmp"),
+        "training im",
+    ),
+    "one image less": (lambda root: (root / "train/c/5.bmp").unlink(), "labels"),
+    "two classes": (lambda root: swap(root / "train/a", root / "train/b"), "training images"),
+    "a class's name": (
+        lambda root: [(root / s / "a").rename(root / s / "A") for s in ("train", "val")],
+        "labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("memory", ["auto", "stream", "resident"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_data_are_refused(tmp_path, change, memory):
+    """A run that resumes reads the images that it began with, wherever they are."""
+    write_images(tmp_path / "data")
+    config = ClassificationConfig(
+        data=DataConfig(kind="folder", root=tmp_path / "data", image_size=16, memory=memory, workers=0),
+        student="resnet8", method="none", device="cpu", epochs=2, batch_size=6, out=tmp_path / "run",
+        diagnostics=False,
+    )  # fmt: skip
+    with pytest.raises(Interrupted):
+        train(config, reporter=StopAfter(2))
+    moved = tmp_path / "moved"
+    (tmp_path / "data").rename(moved)
+    edit, what = CHANGES[change]
+    edit(moved)
+    config = config.replace(data={"root": moved})
+    if what is None:
+        train(config.replace(data={"memory": "stream"} if memory == "auto" else {}), resume=True)
+        return
+    with pytest.raises(ConfigError, match=f"data: .*{what}.* are not those with which this run was started"):
+        train(config, resume=True)

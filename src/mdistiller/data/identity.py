@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from mdistiller.data.cores import Workers, count_workers
-from mdistiller.data.dataset import ImageSet, StreamSet, TensorStream
+from mdistiller.data.dataset import ImageSet, Splits, StreamSet, TensorStream
 from mdistiller.data.decoder import VERSION
 from mdistiller.data.encoded import EncodedSet, sample
 from mdistiller.data.loader import StreamLoader
 from mdistiller.errors import DataError
 from mdistiller.types import Line
 
+COMPARED = 100_000  # files whose bytes are compared; more may cost minutes to read before the first step
 _DECODED = 4  # of so many images of a sample, one is decoded, since large photographs take time
 _FRESH = 2  # seconds in which a second change of a file may leave its time as it is
 
@@ -53,6 +54,28 @@ def identity(images: ImageSet | StreamSet, workers: Workers = "auto") -> Line:
     if images.random_crop:
         found["crop"] = list(images.crop_scale)
     return found | {"sha256": digest.hexdigest()}
+
+
+def identify(splits: Splits, workers: Workers = "auto") -> dict[str, str]:
+    """Returns hashes by which a resumed run knows its data: of classes and labels, and of images by kind.
+
+    Images are not read where they are more than `COMPARED` files, or what a user's code returns.
+    """
+    found = hashlib.sha256(repr(splits.classes).encode())
+    parts = (splits.train, splits.test)
+    for images in parts:
+        found.update(repr(images.labels.shape).encode())
+        found.update(images.labels.cpu().contiguous().numpy().data)
+    hashes = {"labels": found.hexdigest()}
+    for name, images in zip(("training images", "test images"), parts, strict=True):
+        # The same files may be decoded in memory here, and read as they are there.
+        kind = f"{name} ({type(images).__name__})"
+        if isinstance(images, ImageSet | TensorStream):
+            hashes[kind] = _hash_bytes(images.images.cpu())
+        elif isinstance(images, EncodedSet) and len(images) <= COMPARED:
+            known = b"".join(value or bytes(32) for value in hash_files(images, workers))
+            hashes[kind] = hashlib.sha256(known).hexdigest()
+    return hashes
 
 
 def count_copies(train: EncodedSet, test: EncodedSet, workers: Workers) -> int:

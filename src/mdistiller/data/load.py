@@ -20,7 +20,7 @@ from mdistiller.data.encoded import (
 )
 from mdistiller.data.folder import FileSet, images_below
 from mdistiller.data.given import splits_of_objects
-from mdistiller.data.identity import count_copies
+from mdistiller.data.identity import COMPARED, count_copies
 from mdistiller.data.labels import add_label_noise, balanced_subset, has_class, stratified_cut
 from mdistiller.data.memory import free_memory
 from mdistiller.data.registry import get_reader
@@ -28,7 +28,6 @@ from mdistiller.errors import ConfigError, DataError
 from mdistiller.types import IGNORED
 
 Images = ImageSet | StreamSet
-_COMPARED = 100_000  # images of both splits, which may cost minutes to read before the first step
 Mode = Literal["resident", "stream"]
 _HELD_OUT = 5000  # images at most, without labels and without a validation split
 
@@ -127,7 +126,7 @@ def _check_copies(splits: Splits, config: DataConfig) -> None:
     train, test = splits.train, splits.test
     if not isinstance(train, EncodedSet) or not isinstance(test, EncodedSet):
         return
-    if len(train) + len(test) <= _COMPARED and (copies := count_copies(train, test, config.workers)):
+    if len(train) + len(test) <= COMPARED and (copies := count_copies(train, test, config.workers)):
         warnings.warn(f"{copies} of {len(test)} test images are copies of training images", stacklevel=3)
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -138,6 +139,7 @@ def build_trainer(
         },
     )
     trainer.is_extended = extended is not student
+    trainer.identify = partial(task.identify, config, data)
     arrange(task, config, data, trainer, source)
     return trainer
 

@@ -70,6 +70,7 @@ def _run(
             config = with_choices(config, {name: getattr(stored, name) for name in MEASURED})
             config = with_choices_of(config, stored)
         config, trainer, source = build_fastest(get_task(config.task), config, world, reporter)
+        trainer.data = trainer.identify()
         if config.has_teacher and trainer.distiller.asked is not None:
             trainer.teacher = trainer.distiller.asked.fingerprint
         if world.is_main:

@@ -99,6 +99,10 @@ class Task(ABC, Generic[C, D, B]):
     def load_data(self, config: C) -> D:
         """Reads the training and the test set."""
 
+    def identify(self, config: C, data: D) -> dict[str, str]:
+        """Returns hashes by name of the data, by which a resumed run knows it."""
+        return {}
+
     @abstractmethod
     def build_model(self, config: C, model: ModelConfig, data: D) -> nn.Module:
         """Builds a model for the data, with its checkpoint loaded if it names one."""

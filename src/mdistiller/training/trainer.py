@@ -94,6 +94,8 @@ class Trainer:
         evaluator: computes metrics, `config.metrics` among them.
         metadata: entries written beside the student's weights.
         teacher: the hash of the teacher's weights, by which a resumed run knows it.
+        data: hashes of the data by name, likewise.
+        identify: computes `data`, which may read every image.
         is_extended: whether the method made another model of the student.
     """
 
@@ -101,6 +103,7 @@ class Trainer:
     evaluator: Evaluator
     metadata: Line
     is_extended = False
+    identify: Callable[[], dict[str, str]]
 
     def __init__(
         self,
@@ -121,6 +124,7 @@ class Trainer:
         self.phases = phases
         self.run: RunFolder | None = None
         self.teacher: str | None = None
+        self.data: dict[str, str] = {}
         self.steps = steps
         self.total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
         self.probe_steps = min(config.probe_epochs * steps, self.total)
@@ -356,7 +360,7 @@ class Trainer:
 
     _COUNTERS = (
         *("step", "epoch", "best", "best_ema", "improved"),
-        *("last", "probe", "seconds", "epoch_ms", "teacher"),
+        *("last", "probe", "seconds", "epoch_ms", "teacher", "data"),
     )
 
     def state_dict(self) -> Line:
@@ -367,8 +371,8 @@ class Trainer:
         """Restores the state from `state_dict`, or from `interrupt` within an epoch.
 
         Raises:
-            ConfigError: the state is from within an epoch of another number of processes, or the teacher has
-                other weights than before.
+            ConfigError: the state is from within an epoch of another number of processes, or the teacher's
+                weights or the data are not those of before.
         """
         stored, own = ((text or "").split("+") for text in (state.get("teacher", self.teacher), self.teacher))
         if stored != own:
@@ -377,6 +381,12 @@ class Trainer:
                 f"teacher{f' {wrong}' * (len(own) > 1)}: its weights are not those with "
                 "which this run was started; put the old checkpoint "
                 "back, or start another run"
+            )
+        before = state.get("data", {})
+        if changed := [name for name in before if before[name] != self.data.get(name, before[name])]:
+            raise ConfigError(
+                f"data: {' and '.join(changed)} are not those with which this run was started; put the old "
+                "data back, or start another run"
             )
         self.update.load_state_dict(state)
         for name in self._COUNTERS:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mdistiller.checks import without_logits
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data
+from mdistiller.data.identity import identify
 from mdistiller.data.labels import balanced_weights
 from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
@@ -75,6 +76,9 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         splits = load_data(config.data, pick_device(config.device), unlabelled=distils)
         self.check_kind(splits)
         return splits
+
+    def identify(self, config: ClassificationConfig, data: Splits) -> dict[str, str]:
+        return identify(data, config.data.workers)
 
     def check_kind(self, data: Splits) -> None:
         """Checks that labels are of the task's kind.
