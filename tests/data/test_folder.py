@@ -322,3 +322,34 @@ def test_a_pipe_is_an_error_or_left_out(root, memory):
         list(make_loader(load_data(config(root, memory=memory)).train, 4, device="cpu", workers=0).epoch(0))
     with pytest.warns(UserWarning, match=r"left out: 1 of .*pipe\.png"):
         load_data(config(root, memory=memory, on_error="skip"))
+
+
+def squares(root, side, other=None):
+    for split in ("train", "val"):
+        for i, name in enumerate(("cat", "dog")):
+            for k in range(3):
+                write(root / split / name / f"{k}.png", seed=6 * i + k, size=(side, side))
+    if other is not None:
+        write(root / "train" / "cat" / "0.png", size=other)
+
+
+@pytest.mark.parametrize(
+    ("side", "other", "settings", "size"),
+    [
+        (20, None, {}, 20),
+        (20, None, {"image_size": 28}, 28),
+        (20, None, {"resize": 230}, 224),
+        (240, None, {}, 224),
+        (20, (20, 24), {}, 224),
+        (20, (24, 24), {}, 224),
+    ],
+)
+def test_equal_small_squares_keep_their_size(tmp_path, side, other, settings, size):
+    squares(tmp_path, side, other)
+    splits = load_data(config(tmp_path, **{"image_size": None, **settings}))
+    assert splits.image_size == size
+    assert ("as in the files (data.image_size enlarges them)" in splits.description) == (size == 20)
+    if size == 20:
+        assert splits.train.images.shape == (6, 20, 20, 3)
+        pixels = np.asarray(Image.open(tmp_path / "train" / "cat" / "0.png"))
+        assert np.array_equal(splits.train.images[0].numpy(), pixels)

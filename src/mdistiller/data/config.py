@@ -43,7 +43,7 @@ class DataConfig(Settings):
     """Download CIFAR if it is not below root."""
     image_size: Side | None = None
     """Side of the square images in pixels. None: 32 for CIFAR and synthetic, 64 for Tiny-ImageNet,
-    224 for folders, 16 for digits."""
+    224 for folders, but the files' own for equal squares that are smaller, 16 for digits."""
     resize: int | None = Field(default=None, ge=1)
     """Image files only: length in pixels to which the short side is scaled before the centre crop of
     image_size (256 with image_size 224 is the usual ImageNet protocol). None: image_size."""

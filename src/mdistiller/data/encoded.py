@@ -6,7 +6,7 @@ random crop is taken from the whole image before it is scaled, as usual for Imag
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -118,14 +118,25 @@ def are_squares(images: EncodedSet) -> bool:
     """
     if images.resize != images.image_size or not len(images):
         return False
-    found = []
+    found = [size == (images.image_size, images.image_size) for size in _sizes(images)]
+    return sum(found) >= 0.9 * len(found)
+
+
+def small_side(images: EncodedSet) -> int | None:
+    """Returns the side of files that all are squares of one size below `image_size`; None for others."""
+    found = set(_sizes(images)) if len(images) else set()
+    width, height = found.pop() if len(found) == 1 else (0, 1)
+    return width if width == height < images.image_size else None
+
+
+def _sizes(images: EncodedSet) -> Iterator[tuple[int, int]]:
+    """Yields width and height of a sample of 64 files with a readable header."""
     for index in sample(images):
         try:
             with Image.open(images.file(index)) as image:
-                found.append(image.size == (images.image_size, images.image_size))
+                yield image.size
         except Exception:  # PIL's errors are of many types; reading reports them
             continue
-    return sum(found) >= 0.9 * len(found)
 
 
 class ReadOptions(TypedDict):

@@ -16,6 +16,7 @@ from mdistiller.data.encoded import (
     decode,
     drop_unreadable,
     join,
+    small_side,
     some,
 )
 from mdistiller.data.folder import FileSet, images_below
@@ -178,7 +179,12 @@ def _place(splits: Splits, config: DataConfig, device: torch.device | None) -> t
         images if limit is None else images.select(balanced_subset(images.labels, limit, config.seed))
         for images, limit in ((splits.train, config.train_limit), (splits.test, config.test_limit))
     )
-    size = config.image_size or splits.image_size
+    size, kept = config.image_size or splits.image_size, ""
+    is_open = config.image_size is None and config.resize is None
+    side = small_side(train) if is_open and isinstance(train, EncodedSet) else None
+    if side is not None and isinstance(train, EncodedSet) and isinstance(test, EncodedSet):
+        size, kept = side, " as in the files (data.image_size enlarges them)"
+        train, test = (replace(images, image_size=side, resize=side) for images in (train, test))
     if isinstance(train, EncodedSet):
         train = replace(train, random_crop=not are_squares(train))
     given = config.memory_limit_gb
@@ -195,13 +201,13 @@ def _place(splits: Splits, config: DataConfig, device: torch.device | None) -> t
         image_size=size,
     )
     if train_mode == "stream":
-        return placed, ", streamed"
+        return placed, f"{kept}, streamed"
     if not isinstance(train, EncodedSet):
         return placed, ""
     shrunk = (
         f" and shrunk to {size}x{size}, from which random crops are enlarged" if train.random_crop else ""
     )
-    return placed, ", decoded in memory" + shrunk
+    return placed, f"{kept}, decoded in memory{shrunk}"
 
 
 def _decoded_bytes(images: Images, size: int) -> int:
