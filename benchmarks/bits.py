@@ -92,7 +92,9 @@ Runs = list[tuple[str, Callable[[Path], Path]]]
 
 def train(recipe: str, **changes: Any) -> Callable[[Path], Path]:
     """Returns a function that trains a recipe in a folder, and returns the folder."""
-    return lambda out: mdistiller.train(mdistiller.get_recipe(recipe).replace(**changes, out=out)).folder
+    return lambda out: (
+        mdistiller.train(mdistiller.get_recipe(recipe).replace(**changes, out=out), reporter=False).folder
+    )
 
 
 def interrupted(recipe: str, step: int, **changes: Any) -> Callable[[Path], Path]:
@@ -111,7 +113,7 @@ def interrupted(recipe: str, step: int, **changes: Any) -> Callable[[Path], Path
         thread = threading.Thread(target=interrupt)
         thread.start()
         try:
-            mdistiller.train(config)
+            mdistiller.train(config, reporter=False)
         except (mdistiller.errors.MDistillerError, KeyboardInterrupt):
             pass
         else:
@@ -119,7 +121,7 @@ def interrupted(recipe: str, step: int, **changes: Any) -> Callable[[Path], Path
         finally:
             done.set()
             thread.join()
-        mdistiller.train(config, resume=True)
+        mdistiller.train(config, resume=True, reporter=False)
         return out
 
     return run

@@ -62,11 +62,11 @@ def measure(teacher: Path, out: Path, cache: Path | None = None) -> dict[str, An
         teacher={"checkpoint": teacher}, max_steps=STEP + 1, diagnostics=False, out=out, teacher_cache=cache
     )
     if cache is not None:
-        mdistiller.train(config.replace(out=out.with_name("recording")))
+        mdistiller.train(config.replace(out=out.with_name("recording")), reporter=False)
     profile = Profile()
     sys.setprofile(profile)
     try:
-        mdistiller.train(config)
+        mdistiller.train(config, reporter=False)
     finally:
         sys.setprofile(None)
     files = [file for file, _ in profile.calls]
@@ -87,7 +87,7 @@ def main() -> None:
         teacher = mdistiller.get_recipe("digits.teacher.resnet20").replace(
             max_steps=1, diagnostics=False, out=Path(folder) / "teacher"
         )
-        weights = mdistiller.train(teacher).folder
+        weights = mdistiller.train(teacher, reporter=False).folder
         found = {"live": measure(weights, Path(folder) / "live")}
         found["cached"] = measure(weights, Path(folder) / "cached", Path(folder) / "cache")
     if "--json" in sys.argv:

@@ -233,6 +233,23 @@ def test_pixels_and_labels_are_those_given():
         assert (splits.classes, splits.image_size, splits.crop) == (("0", "1", "2", "3"), 16, "padded")
 
 
+def test_floats_and_gray_images_are_the_same_pixels():
+    images, labels = arrays()
+    gray = images[..., 0]
+
+    def read(pixels):
+        return read_given((pixels, labels), None)[1](DataConfig(val_fraction=0.5)).train.images
+
+    assert torch.equal(read(images / 255), images)
+    assert torch.equal(read(images.permute(0, 3, 1, 2).double() / 255), images)
+    assert torch.equal(read(gray), gray[..., None].expand(-1, -1, -1, 3))
+    for wrong in (images.float(), (images / 255 - 0.5) / 0.5, images / 255 * float("nan")):
+        with pytest.raises(ConfigError, match=r"images of train have values from .*leave out Normalize"):
+            read(wrong)
+    with pytest.raises(ConfigError, match=r"int64 .*allowed: .* or gray \[N, H, W\], uint8 or float"):
+        read(images.long())
+
+
 def test_photographs_are_cropped_as_files_are():
     photographs = SETS["photographs"](None)
     name, reader = read_given(photographs["train"], photographs["test"], ["a", "b", "c", "d"])
@@ -504,8 +521,8 @@ WRONG = {
         r"labels of train are torch.float32 \[32\]; ",
     ),
     "float images": (
-        wrong(data=((x / 255, y), DATA[1])),
-        r"of train are torch.float32 \[32, 16, 16, 3\]",
+        wrong(data=((x.float(), y), DATA[1])),
+        "images of train have values from 0 to 255; allowed: .*leave out Normalize",
     ),
     "grey images": (
         wrong(data=(DATA[0], (x[..., :1], y))),

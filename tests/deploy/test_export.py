@@ -180,7 +180,7 @@ def test_the_card_tells_of_the_run(run, exports):
         f"{last:.2f} % (these weights, epoch 5)",
         f"best {best:.2f} %",
         "0.3053",
-        "central square scaled to 16",
+        "central square scaled to 16 (bilinear, antialiased)",
         "0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
     ):
         assert said in text, said

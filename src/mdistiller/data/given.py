@@ -54,10 +54,11 @@ class ItemStream(StreamSet):
 def read_given(train: object, test: object, classes: Sequence[str] | None = None) -> tuple[str, Reader]:
     """Checks splits that are given as objects, and returns a name for them and their reader.
 
-    A split is a `Dataset` whose items are (image, label), or a pair of tensors (images, labels): uint8
-    [N, H, W, 3] or [N, 3, H, W], and class ids. A label may be None, or absent from the pair. Items that are
-    squares of one size are kept in memory; others are read again in each epoch, and cropped at random from
-    the whole image. The name follows from the labels and from 64 images of each split.
+    A split is a `Dataset` whose items are (image, label), or a pair of tensors (images, labels): images
+    [N, H, W, 3], [N, 3, H, W] or gray [N, H, W], uint8 or float in [0, 1], and class ids. A label may be
+    None, or absent from the pair. Items that are squares of one size are kept in memory; others are read
+    again in each epoch, and cropped at random from the whole image. The name follows from the labels and
+    from 64 images of each split.
 
     Args:
         train: the images to train on.
@@ -185,10 +186,14 @@ def _read_tensors(images: Tensor, labels: Tensor | None, split: str) -> ImageSet
         raise ConfigError(f"data: {split} is no pair (images, labels) of tensors: {error}") from error
     if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
         images = images.permute(0, 2, 3, 1)
+    if images.ndim == 3:  # gray
+        images = images[..., None].expand(-1, -1, -1, 3)
+    if images.is_floating_point() and images.numel():
+        images = _as_bytes(images, f"images of {split} have")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise ConfigError(
-            f"data: images of {split} are {images.dtype} {list(images.shape)}; allowed: uint8 [N, H, W, 3] "
-            "or [N, 3, H, W], not normalised"
+            f"data: images of {split} are {images.dtype} {list(images.shape)}; allowed: [N, H, W, 3], "
+            "[N, 3, H, W] or gray [N, H, W], uint8 or float in [0, 1], not normalised"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != images.shape[:1]:
         raise ConfigError(
@@ -242,6 +247,17 @@ def _label(value: object, name: str) -> int:
     return number
 
 
+def _as_bytes(images: Tensor, subject: str) -> Tensor:
+    """Returns pixels in [0, 1] as uint8."""
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):
+        raise ConfigError(
+            f"data: {subject} values from {low:.3g} to {high:.3g}; allowed: {_ALLOWED}; "
+            "leave out Normalize, the run normalises by the fields mean and std of its data"
+        )
+    return (images * 255).round().to(torch.uint8)
+
+
 def _pixels(image: object, name: str) -> Pixels:
     """Returns an image as uint8 [H, W, 3]."""
     if isinstance(image, Image.Image):
@@ -254,13 +270,7 @@ def _pixels(image: object, name: str) -> Pixels:
         raise ConfigError(f"data: the image of {name} is {what}; allowed: {_ALLOWED}")
     image = image.detach().cpu()
     if image.is_floating_point():
-        low, high = image.min().item(), image.max().item()
-        if not (low >= 0 and high <= 1):
-            raise ConfigError(
-                f"data: the image of {name} has values from {low:.3g} to {high:.3g}; allowed: {_ALLOWED}; "
-                "leave out Normalize, the run normalises by the fields mean and std of its data"
-            )
-        image = (image * 255).round().to(torch.uint8)
+        image = _as_bytes(image, f"the image of {name} has")
     if image.dtype != torch.uint8:
         raise ConfigError(f"data: the image of {name} is a tensor of {image.dtype}; allowed: {_ALLOWED}")
     pixels: Pixels = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()

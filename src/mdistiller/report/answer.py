@@ -117,6 +117,9 @@ def answer(contest: Contest, groups: Groups) -> Answer:
         parts.append(f"its teacher is at {metric.text(teacher, '.1f')}")
     sentence = ", ".join(parts).replace(", and passes", " and passes") + "."
     note = _note(contest, len(rivals), p)
+    if result.startswith("Nothing"):
+        hint = "Usual causes: too few epochs, a weak teacher, or a distillation weight that is too high."
+        note = f"{note} {hint}".lstrip()
     against = None if other is None else other.label
     return Answer(sentence, note, best.label, against, difference, p, closed)
 

@@ -60,6 +60,18 @@ def test_the_sentence(rows_of):
     assert "chance" not in found.note
 
 
+def test_a_loss_names_its_usual_causes(rows_of):
+    lost = only_answer(rows_of({"none": [80.0, 81.0], "kd": [60.0, 61.0]}))
+    assert lost.note.endswith(
+        "Usual causes: too few epochs, a weak teacher, or a distillation weight that is too high."
+    )
+
+
+def test_a_gain_names_no_causes(rows_of):
+    won = only_answer(rows_of({"none": [60.0, 61.0], "kd": [80.0, 81.0]}))
+    assert "Usual causes" not in won.note
+
+
 def test_one_seed_says_so(rows_of):
     found = only_answer(rows_of({"none": [80.0], "kd": [91.0], "dkd": [95.0]}))
     assert found.sentence.startswith("DKD 95.0 %, 4.0 points above KD (n = 1, so no test), closes 83 %")

@@ -94,7 +94,7 @@ class ClassifierDeployment(Deployment):
         if fields.resize is not None:
             geometry = f"short side scaled to {fields.resize}, centre crop of {size}"
         return {
-            "input": f"RGB, {geometry}, float32 [B, 3, {size}, {size}]",
+            "input": f"RGB, {geometry} (bilinear, antialiased), float32 [B, 3, {size}, {size}]",
             "normalisation": f"scaled to [0, 1], less mean {list(mean)}, over std {list(std)}",
             "output": f"logits [B, {len(fields.classes)}]",
         }
