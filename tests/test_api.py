@@ -250,6 +250,25 @@ def test_floats_and_gray_images_are_the_same_pixels():
         read(images.long())
 
 
+def test_hugging_face_sets_are_read_by_column():
+    datasets = pytest.importorskip("datasets")
+    images, labels = arrays()
+    columns = {"image": [Image.fromarray(image.numpy()) for image in images], "label": labels.tolist()}
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat", "dog"])}
+    )
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    both = datasets.DatasetDict(train=rows, validation=rows.select(range(8)))
+    for given in ((rows, both["validation"]), both):
+        _, fields, readers = find_data(given)
+        splits = readers[fields["kind"]](DataConfig(kind=fields["kind"]))
+        assert splits.classes == ("ant", "bee", "cat", "dog")
+        assert torch.equal(splits.train.images, images)
+        assert torch.equal(splits.test.labels, labels[:8])
+    with pytest.raises(ConfigError, match=r"train\[0\] has the columns image, kind; allowed: "):
+        find_data((rows.rename_column("label", "kind"), rows))
+
+
 def test_photographs_are_cropped_as_files_are():
     photographs = SETS["photographs"](None)
     name, reader = read_given(photographs["train"], photographs["test"], ["a", "b", "c", "d"])

@@ -118,7 +118,7 @@ def find_data(given: object, *, labelled: bool = True) -> tuple[str, Line, dict[
         fields = {"kind": "folder", "root": given}
     elif isinstance(given, str):
         fields = {"kind": given}
-    elif isinstance(given, tuple | list) and len(given) == 2 and not hasattr(given[0], "shape"):
+    elif isinstance(given, tuple | list) and len(given) == 2 and not hasattr(given[0], "dtype"):
         fields = dict(zip(("train", "test"), given, strict=True))
     elif not labelled and hasattr(given, "__getitem__") and not isinstance(given, Mapping | Tensor):
         fields = {"train": given}
@@ -128,6 +128,8 @@ def find_data(given: object, *, labelled: bool = True) -> tuple[str, Line, dict[
             "{'train': …, 'val_fraction': 0.1}, a folder, or a data set's name"
         )
     fields = dict(fields)
+    if "train" in fields and "test" not in fields and "validation" in fields:  # a DatasetDict
+        fields["test"] = fields.pop("validation")
     if "train" not in fields:
         kind = fields.setdefault("kind", "folder")
         return kind if kind in list_families() else "folder", fields, {}

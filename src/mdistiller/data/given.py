@@ -1,7 +1,7 @@
 """Data sets from objects: torch's `Dataset`s of images, and tensors."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self, TypeGuard
 
@@ -96,7 +96,9 @@ def _read_splits(
     """Returns both splits, the names of the classes, and whether the names were given."""
     found = {"train": _read_split(train, "train")}
     found["test"] = found["train"] if test is None else _read_split(test, "test")
-    given = classes if classes is not None else getattr(train, "classes", None)
+    columns = getattr(train, "features", None)  # of a Hugging Face set
+    label = columns.get("label") if isinstance(columns, Mapping) else None
+    given = classes if classes is not None else getattr(train, "classes", getattr(label, "names", None))
     return found, _class_names(given, found), given is not None
 
 
@@ -143,7 +145,7 @@ def _are_items(given: object) -> TypeGuard[Items]:
 
 
 def _read_split(given: object, split: str) -> ImageSet | ItemStream:
-    if isinstance(given, tuple | list) and len(given) == 2 and hasattr(given[0], "shape"):
+    if isinstance(given, tuple | list) and len(given) == 2 and hasattr(given[0], "dtype"):
         return _read_tensors(given[0], given[1], split)
     if not _are_items(given):
         raise ConfigError(
@@ -227,6 +229,13 @@ def _read_item(items: Items, index: int, split: str) -> tuple[object, object]:
         raise DataError(f"{split}[{index}] cannot be read: {type(error).__name__}: {error}") from error
     if isinstance(item, Image.Image) or (isinstance(item, Tensor) and item.ndim == 3):  # an image alone
         return item, None
+    if isinstance(item, Mapping):  # a row of a Hugging Face set
+        if not {"image", "label"} <= item.keys():
+            raise ConfigError(
+                f"data: {split}[{index}] has the columns {', '.join(map(str, item))}; allowed: image and "
+                "label (rename_column gives a column another name)"
+            )
+        return item["image"], item["label"]
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise ConfigError(
             f"data: {split}[{index}] is a {type(item).__name__}; allowed: a pair (image, label), or an image"
