@@ -47,6 +47,14 @@ def test_flags(complete):
     assert complete("mdistiller", "doctor", "-") == ["--plugin", "--json", "--help"]
 
 
+def test_values_of_flags(complete):
+    found = complete("mdistiller", "train", "x", "--precision", "")
+    assert sorted(found) == ["auto", "bfloat16", "float16", "float32"]
+    assert complete("mdistiller", "train", "x", "--method.beta", "auto-") == ["auto-sample"]
+    assert complete("mdistiller", "export", "x", "--format", "o") == ["onnx"]
+    assert complete("mdistiller", "train", "x", "--out", "m") == ["my.yaml"]
+
+
 def test_recipes(complete):
     assert complete("mdistiller", "train", "cif") == ["cifar10.", "cifar100."]
     assert complete("mdistiller", "show", "coco.dkd.") == [
