@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
@@ -465,11 +465,13 @@ def test_a_teacher_sees_its_own_images(tmp_path):
 
 def test_a_teacher_with_its_librarys_weights(tmp_path, monkeypatch):
     timm = pytest.importorskip("timm")
-    pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    model = timm.create_model("test_resnet")
-    save_file(model.state_dict(), tmp_path / "checkpoints" / "test_resnet.r160_in1k.safetensors")
+    original = timm.create_model
+
+    def create(name, pretrained=False, **options):
+        assert pretrained == (name == "test_resnet")
+        return original(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create)
     teacher = {"name": "timm/test_resnet", "options": {"pretrained": True}}
     data = {"train": DATA[0], "test": DATA[1], "classes": range(1000)}
     run = mdistiller.distill("resnet8", teacher, data, "kd", out=tmp_path / "run", **FAST)

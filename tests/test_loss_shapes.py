@@ -145,7 +145,7 @@ def test_there_are_losses_of_every_kind():
     kinds = [kind for _, kind, _ in CASES]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {
         "none": 8,
-        "ids": 8,
+        "ids": 9,
         "soft": 6,
         "multi-hot": 1,
     }
@@ -166,7 +166,7 @@ def test_losses_of_a_batch_say_so():
         for loss in (getattr(functional, name) for name in functional.__all__)
         if "student_logits" in (keys := inspect.signature(loss).parameters) and "mask" not in keys
     ]
-    assert len(losses) == 4
+    assert len(losses) == 5
     x = torch.randn(2, 3, 5)
     for loss in losses:
         with pytest.raises(ConfigError, match=r"one shape \[B, C\]"):

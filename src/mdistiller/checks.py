@@ -240,8 +240,8 @@ def brief(value: object) -> str:
 
 
 def one_each(name: str, given: object, count: int) -> list[Any]:
-    """Returns one of several arguments for each teacher; a single one serves all of them."""
-    found = list(given) if isinstance(given, list | tuple) else [given] * count
+    """Returns one of several arguments for each teacher; a single one, as a named tuple is, serves all."""
+    found = list(given) if type(given) in (list, tuple) else [given] * count  # type: ignore[call-overload]
     if not count or len(found) != count:
         raise ConfigError(
             f"{name}: got {len(found)} for {count} teachers; allowed: one for each, or one for all"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Self, TypeGuard, get_args
+from typing import Annotated, ClassVar, Self, TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -178,5 +178,7 @@ def _fields_beside(loc: tuple[int | str, ...], values: object, kind: type[BaseMo
     for name, group in model.known_fields(given).items():
         inner = given.get(name)
         group = type(inner) if isinstance(inner, Settings) else group
+        if get_origin(model.model_fields[name].annotation) is tuple:  # of a list of groups, none is meant
+            group = None
         found += [name, *(f"{name}.{field}" for field in (group.model_fields if group is not None else ()))]
     return found

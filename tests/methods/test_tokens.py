@@ -56,7 +56,7 @@ def test_wrong_arguments():
     taps = {"student_taps": ("stage3",), "teacher_taps": ("pooled",)}
     with pytest.raises(ConfigError, match="maps with maps and vectors with vectors"):
         build(create_model("resnet8"), create_model("resnet8"), **taps)
-    with pytest.raises(ConfigError, match=r"standardize.*your own loop: false"):
+    with pytest.raises(ConfigError, match=r"standardize.*allowed otherwise: false"):
         build(create_model("resnet8"), create_model("resnet8"), standardize=True)
 
 

@@ -288,7 +288,7 @@ def test_one_warning_a_run_names_both_losses_and_the_flags(config):
     (text,) = warned(run)
     first = next(line for line in read_metrics(run.out) if line["kind"] == "train")
     assert f"the loss fitnet is {first['fitnet']:.4g} and task {first['task']:.4g}" in text
-    assert "--method.task-weight, --method.weight" in text
+    assert "method.task_weight, method.weight" in text
 
 
 def test_a_small_loss_is_judged_after_its_warm_up(config):
@@ -299,7 +299,7 @@ def test_a_small_loss_is_judged_after_its_warm_up(config):
     lines = [line for line in read_metrics(tiny.out) if line["kind"] == "train"]
     at = next(line for line in lines if line["step"] >= 0.5 * lines[-1]["step"])
     assert f"{at['dkd']:.4g}" in text
-    assert "--method.alpha, --method.beta" in text
+    assert "method.alpha, method.beta" in text
 
 
 def test_losses_of_like_size_give_no_warning(config):

@@ -337,7 +337,9 @@ SHORT = "--epochs 1 --max-steps 2 --device cpu --precision float32 --layout cont
 def test_an_assistant_and_a_generation_by_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command(["train", "digits.teacher.resnet20", *SHORT.split(), "--out", "runs/teacher"]) == 0
-    found = re.findall(r"^mdistiller train (.*)$", PAGE.partition("## Assistants")[2], re.MULTILINE)
+    found = re.findall(
+        r"^mdistiller train (.*)$", PAGE.partition("## Assistants")[2].replace("\\\n", " "), re.MULTILINE
+    )
     assert len(found) == 3
     for line in found:
         assert command(["train", *line.split(), *SHORT.split()]) == 0, capsys.readouterr().err

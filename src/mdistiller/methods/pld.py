@@ -4,6 +4,7 @@ Logits are worths: classes are chosen one after another, each by a softmax over 
 student learns the likelihood of one order of them: the label, then the others as the teacher ranks them.
 """
 
+import torch
 from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
@@ -50,6 +51,9 @@ def pld_loss(
         check_class_ids(student, target, "PLD")
         weight = soften(student, teacher, temperature)[1].softmax(1)
         student, teacher = soften(student, teacher, 1.0)
+        # A class absent from both models has no probability, and a finite logit keeps it out of the sums.
+        absent = student.isneginf() & teacher.isneginf()
+        student = student.masked_fill(absent, torch.finfo(student.dtype).min / 2)
         ranked = teacher.detach().scatter(1, target[:, None], float("inf"))
         order = ranked.argsort(dim=1, descending=True, stable=True)
         student, weight = student.gather(1, order), weight.gather(1, order)

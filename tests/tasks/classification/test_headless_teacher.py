@@ -156,7 +156,6 @@ def test_pretrained_weights_of_other_classes_serve_methods_of_features(tmp_path,
         return model
 
     monkeypatch.setattr(timm, "create_model", create)
-    monkeypatch.setattr("mdistiller.models.external.find_hub_weights", lambda name, options: options)
     teacher = {"name": "timm/vit_tiny_patch16_224", "options": {**VIT, "pretrained": True}, "image_size": 32}
     settings = {**SHORT, "out": tmp_path / "run"}
     run = mdistiller.distill("resnet8", teacher, data(folder), {"name": "fitnet", "weight": 1.0}, **settings)
