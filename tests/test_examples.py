@@ -49,7 +49,7 @@ def commands():
     return [
         line.partition("#")[0].replace("…", "").strip()
         for block in code("")
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if "mdistiller " in line
     ]
 
