@@ -1,6 +1,6 @@
 """LumiNet (Hossain, Elahi, Ramasinghe, Cheraghian, Rahman, Mohammed, Rahman: 2023, arXiv 2310.03669).
 
-The logits of each class are standardised over the batch before the softmax. The result, the "perception",
+The logits of each class are standardized over the batch before the softmax. The result, the "perception",
 depends on how a sample relates to the others, and has no overconfident class.
 """
 
@@ -68,13 +68,13 @@ class LumiNetConfig(MethodConfig):
 
 @register_method("luminet")
 class LumiNet(Method[LumiNetConfig]):
-    """Applies KD to logits that are standardised over the batch, class by class."""
+    """Applies KD to logits that are standardized over the batch, class by class."""
 
     Config = LumiNetConfig
     card = Card(
         "Hossain, Elahi, Ramasinghe, Cheraghian, Rahman, Mohammed, Rahman: LumiNet: Perception-Driven "
         "Knowledge Distillation via Statistical Logit Calibration, 2023",
-        "Large batches: the logits of each class are standardised over the batch",
+        "Large batches: the logits of each class are standardized over the batch",
     )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

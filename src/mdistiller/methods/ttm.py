@@ -98,7 +98,7 @@ class TTM(LogitMethod[TTMConfig]):
     Config = TTMConfig
     card = Card(
         "Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024",
-        "KD with the temperature on the teacher alone, a regulariser of the student",
+        "KD with the temperature on the teacher alone, a regularizer of the student",
     )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
