@@ -34,7 +34,11 @@ def script(name):
     """Imports a script of docs/."""
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(DOCS))  # one imports the other
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(DOCS))
     return module
 
 
