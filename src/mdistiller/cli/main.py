@@ -96,6 +96,8 @@ def run(argv: Sequence[str]) -> int:
 
 def _fetched(word: str) -> str:
     """Returns a typed word with the downloaded file in place of an hf:// address, also after `=`."""
+    if "hf://" not in word:  # the import takes a second
+        return word
     from mdistiller.deploy.hub import local_path
 
     head, equals, address = word.rpartition("=")

@@ -72,7 +72,7 @@ class Task(ABC, Generic[C, D, B]):
         return config
 
     def settle(self, config: C, student: nn.Module) -> C:
-        """Fills in settings of the method that follow from what the student is; so does `config.json`."""
+        """Fills in the method's settings that depend on the kind of student, as `config.json` has them."""
         return config
 
     def check(self, config: C) -> None:

@@ -372,7 +372,7 @@ class Trainer:
 
         Raises:
             ConfigError: the state is from within an epoch of another number of processes, or the teacher's
-                weights or the data are not those of before.
+                weights or the data have changed.
         """
         stored, own = ((text or "").split("+") for text in (state.get("teacher", self.teacher), self.teacher))
         if stored != own:

@@ -274,7 +274,8 @@ class DetectionDistiller(Distiller):
 
     def _detectors(self) -> list[nn.Module]:
         members = () if self.asked is None else self.asked.members
-        return [m.model for m in members if not isinstance(adapter_of(m.model), BackboneAdapter)]
+        teachers = [member for member in members if isinstance(member, DetectionTeacher)]
+        return [t.model for t in teachers if not isinstance(t.adapter, BackboneAdapter)]
 
     @torch.no_grad()
     def _pseudo(self, images: list[Tensor]) -> Targets:

@@ -155,9 +155,9 @@ class EmbedEvaluator:
         teachers = [Taps(teacher, method.teacher_taps, embedding_of) for method, teacher, _ in self.pairs]
         progress, loss, ours = torch.ones((), device=self.world.device), 0.0, []
         theirs: list[list[Tensor]] = [[] for _ in teachers]
-        parts = [m for module in (model, *(x for p in self.pairs for x in p[:2])) for m in module.modules()]
+        modules = [model, *(part for method, teacher, _ in self.pairs for part in (method, teacher))]
         try:
-            with torch.no_grad(), EvalMode(parts):
+            with torch.no_grad(), EvalMode([part for module in modules for part in module.modules()]):
                 for batch in self._load(self.test):
                     student = self._run(taps, batch)
                     ours.append(student.logits)
