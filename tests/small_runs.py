@@ -22,6 +22,15 @@ from mdistiller.training.task import get_task
 from mdistiller.training.trainer import fit
 
 CPU = World(torch.device("cpu"))
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+SETTINGS = {
+    "epochs": 1,
+    "max_steps": 2,
+    "batch_size": 8,
+    "device": "cpu",
+    "log_every": 1,
+    "precision": "float32",
+}
 
 
 class StopAfter(Silent):

@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from small_runs import folder_settings, make_teacher
+from small_runs import SETTINGS, folder_settings, make_teacher
 from torch import nn
 
 import mdistiller
@@ -271,14 +271,6 @@ def test_each_teacher_has_a_cache_that_other_runs_share(root, teachers, tmp_path
 def test_embeddings_of_two_teachers(root, tmp_path):
     a, b = headless(), timm.create_model("resnet10t", num_classes=0)
     data = {"kind": "folder", "root": root, "image_size": 32, "workers": 0}
-    short = {
-        "epochs": 1,
-        "max_steps": 2,
-        "batch_size": 8,
-        "device": "cpu",
-        "log_every": 1,
-        "precision": "float32",
-    }
     run = mdistiller.distill(
         "resnet8",
         [a, b],
@@ -287,7 +279,7 @@ def test_embeddings_of_two_teachers(root, tmp_path):
         task="embed",
         out=tmp_path / "run",
         teacher_weights=[1.0, 2.0],
-        **short,
+        **SETTINGS,
     )
     window, last = run.metrics[0], lines(tmp_path / "run", "eval")[-1]
     assert window["fitnet"] > 0 < window["tokens_patch"]

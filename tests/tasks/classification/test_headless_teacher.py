@@ -7,6 +7,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from small_runs import SETTINGS, VIT
 
 import mdistiller
 from mdistiller.cli.main import run as command
@@ -16,16 +17,7 @@ from mdistiller.methods.compose import build_method, reads_logits
 from mdistiller.models import load_weights
 from mdistiller.types import Batch, DataInfo, Outputs
 
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 FEATURES = [name for name in list_methods() if get_method(name).needs.teacher and not reads_logits(name)]
-SHORT = {
-    "epochs": 1,
-    "max_steps": 2,
-    "batch_size": 8,
-    "device": "cpu",
-    "log_every": 1,
-    "precision": "float32",
-}
 
 
 def headless():
@@ -118,7 +110,7 @@ def test_distill_takes_it_for_features_and_refuses_it_for_logits(tmp_path, folde
 
     def run():
         chosen = {"name": method, **fields.get("method", {})} if method != "dkd" else method
-        return mdistiller.distill(student, teacher(), data(folder), chosen, out=tmp_path / "run", **SHORT)
+        return mdistiller.distill(student, teacher(), data(folder), chosen, out=tmp_path / "run", **SETTINGS)
 
     if method == "dkd":
         with pytest.raises(ConfigError, match=r"no logits of the data's 2 classes.*features alone"):
@@ -157,7 +149,7 @@ def test_pretrained_weights_of_other_classes_serve_methods_of_features(tmp_path,
 
     monkeypatch.setattr(timm, "create_model", create)
     teacher = {"name": "timm/vit_tiny_patch16_224", "options": {**VIT, "pretrained": True}, "image_size": 32}
-    settings = {**SHORT, "out": tmp_path / "run"}
+    settings = {**SETTINGS, "out": tmp_path / "run"}
     run = mdistiller.distill("resnet8", teacher, data(folder), {"name": "fitnet", "weight": 1.0}, **settings)
     assert run.summary["step"] == 2
     with pytest.raises(ConfigError, match=r"pretrained on 1000 classes.*features alone"):
@@ -167,7 +159,7 @@ def test_pretrained_weights_of_other_classes_serve_methods_of_features(tmp_path,
 @pytest.mark.parametrize("teacher", [headless, Several])
 def test_the_cache_holds_features_of_a_teacher_without_logits(tmp_path, folder, teacher):
     tap = "pooled" if teacher is headless else "vit.head"
-    settings = {**SHORT, "teacher_cache": tmp_path / "cache", "teacher_cache_taps": (tap,)}
+    settings = {**SETTINGS, "teacher_cache": tmp_path / "cache", "teacher_cache_taps": (tap,)}
     settings["augment"] = {"crop": "padded", "padding": 1}
     method = {"name": "crd", "teacher_taps": (tap,), "student_taps": ("pooled",)}
     states, files = [], []

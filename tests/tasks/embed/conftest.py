@@ -3,7 +3,8 @@
 import pytest
 import timm
 import torch
-from unlabeled import VIT, save_images
+from small_runs import VIT
+from unlabeled import save_images
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import torchvision
 from PIL import Image
 from processes import run_group
 from safetensors.torch import load_file, save_file
-from small_runs import StopAfter, run_card
-from unlabeled import SETTINGS, VIT, save_images, small
+from small_runs import SETTINGS, VIT, StopAfter, run_card
+from unlabeled import save_images, small
 
 import mdistiller
 from mdistiller.cli.main import run as command

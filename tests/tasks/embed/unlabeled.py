@@ -1,17 +1,7 @@
-"""Images without labels, and the settings of short runs on them."""
+"""Images without labels, and runs on them."""
 
 import torch
 from PIL import Image
-
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
-SETTINGS = {
-    "epochs": 1,
-    "max_steps": 2,
-    "batch_size": 8,
-    "device": "cpu",
-    "log_every": 1,
-    "precision": "float32",
-}
 
 
 def save_images(folder, count, seed=0, bias=0):
