@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Card, LogitMethod, Logits, Losses, MethodConfig, Scalar
+from mdistiller.methods.base import Card, Example, LogitMethod, Logits, Losses, MethodConfig, Scalar
 from mdistiller.methods.kd import kd_samples, soften
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -60,6 +60,7 @@ class DeiT(LogitMethod[DeiTConfig]):
         "Touvron et al.: Training data-efficient image transformers & distillation through attention, "
         "ICML 2021",
         "The student is a transformer with a distillation token; elsewhere, hard labels of the teacher",
+        example=Example(),
     )
 
     def __init__(
