@@ -41,7 +41,7 @@ class UnknownNameError(ConfigError):
         tail = "known: " + ", ".join(known[:12]) + ", …" * (len(known) > 12) if known else "none is known"
         if near:
             tail = "nearest: " + ", ".join(near)
-        super().__init__(f"unknown {what} {name!r}; {tail}" + (f". {hint}" if hint else ""))
+        super().__init__(f"unknown {what} {name!r:.200}; {tail}" + (f". {hint}" if hint else ""))
         self.what, self.name, self.nearest, self.command_hint = what, name, near, command_hint
 
     def for_command(self) -> str:

@@ -8,6 +8,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mdistiller.tasks.detection.models import create_detector
+
 EXTENSION = {"method": {"name": "simkd"}, "teacher": "resnet8", "teacher_options": {}, "image_size": 16}
 
 
@@ -37,6 +39,7 @@ def changed(student_run, tmp_path, monkeypatch):
         {"model": None},
         {"model": ""},
         {"model": "gone"},
+        {"model": "x" * 5000},
         {"model": ["resnet8"]},
         {"model": "timm/../resnet18"},
         {"options": []},
@@ -90,3 +93,57 @@ def test_a_wrong_value_is_one_error(cli, changed, changes):
         assert (done.code, done.out) == (code, ""), (words[0], done.code, done.err)
         assert done.err.count("\n") == 1, (words[0], done.err)
         assert code == 2 or file in done.err, (words[0], done.err)
+        assert len(done.err) < 700
+
+
+DETECTOR = {"short_side": 64, "long_side": 96}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": []},
+        {"labels": None},
+        {"labels": [1]},
+        {"num_classes": 3.5},
+        *(
+            {"options": DETECTOR | options}
+            for options in (
+                {"image_mean": math.nan},
+                {"image_mean": [0.5, 0.5]},
+                {"image_std": [0.2, 0.2, "0.2"]},
+                {"short_side": 0},
+                {"short_side": []},
+                {"short_side": "64"},
+                {"long_side": None},
+                {"score_thresh": 10**30},
+                {"score_thresh": math.nan},
+                {"nms_thresh": "a"},
+                {"topk_candidates": -1},
+                {"topk_candidates": 2.5},
+                {"topk_candidates": True},
+                {"frozen_stages": 2.5},
+                {"frozen_stages": "a"},
+                {"batch_norm": 1},
+            )
+        ),
+    ],
+    ids=lambda changes: json.dumps(changes)[:90],
+)
+def test_a_wrong_value_of_a_detector_is_one_error(cli, detector_file, tmp_path, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("image.png")
+    weights, metadata = detector_file
+    save_file(weights, "changed.safetensors", {"mdistiller": json.dumps(metadata | changes)})
+    for words in (("predict", "changed.safetensors", "image.png"), ("export", "changed.safetensors")):
+        done = cli(*words)
+        assert done.code in (1, 2), (words[0], done.code, done.err)
+        assert (done.out, done.err.count("\n")) == ("", 1), (words[0], done.err)
+
+
+@pytest.fixture(scope="module")
+def detector_file():
+    """The weights and the metadata of a detector's file."""
+    model = create_detector("fcos_resnet18", 3, **DETECTOR)
+    metadata = {"task": "detection", "model": "fcos_resnet18", "options": DETECTOR}
+    return model.state_dict(), metadata | {"classes": ["a", "b"], "labels": [1, 2], "num_classes": 3}

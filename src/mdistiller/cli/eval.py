@@ -135,8 +135,13 @@ class _Found(NamedTuple):
 
 def _without_run(task: AnyTask, metadata: Line) -> RunConfig:
     """Returns the config for a student's file by itself: its images are prepared as in training."""
-    data = {key: metadata[key] for key in ("image_size", "mean", "std") if key in metadata}
-    given: Line = {"data": {"kind": "folder", **data}} if data else {}
+    given: Line = {
+        "data": {key: metadata[key] for key in ("image_size", "mean", "std") if key in task.metadata_keys}
+    }
+    if "image_size" in task.metadata_keys:
+        given["data"]["kind"] = "folder"
+    if "short_side" in task.metadata_keys:
+        given["augment"] = {"short_side": metadata["short_side"]}
     return task.Config.model_validate({**_PLAIN, **given})
 
 

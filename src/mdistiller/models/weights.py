@@ -53,7 +53,7 @@ class _Metadata(BaseModel, extra="allow"):
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
-        if self.labels and len(self.labels) != len(self.classes):
+        if "labels" in self.model_fields_set and len(self.labels) != len(self.classes):
             raise ValueError(f"labels: got {len(self.labels)} for {len(self.classes)} classes")
         return self
 

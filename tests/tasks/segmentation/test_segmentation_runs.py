@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -310,3 +311,15 @@ def test_two_teachers_with_a_method_each(squares, teacher, tmp_path):
     first, single = (timeless(c.out)[0] for c in (both, alone))
     assert first["kd"] > 0
     assert first["cwd"] == pytest.approx(0.25 * single["cwd"], rel=1e-4)
+
+
+def test_a_file_by_itself_evaluates_as_its_run(squares, tmp_path, capsys):
+    """The images have the run's short side, not the recipe's."""
+    config = student(squares, out=tmp_path / "run", max_steps=1)
+    run = train(config.replace(augment={"short_side": 40})).path
+    moved = shutil.copy(run / "student.safetensors", tmp_path / "moved.safetensors")
+    shown = []
+    for source in (run, moved):
+        assert command(["eval", str(source), "--data.root", str(squares), "--json", "--device", "cpu"]) == 0
+        shown.append({k: v for k, v in json.loads(capsys.readouterr().out).items() if k != "checkpoint"})
+    assert shown[0] == shown[1]

@@ -1,7 +1,7 @@
 """Detectors by name: torchvision's heads on a feature pyramid of a classification backbone."""
 
 import inspect
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -133,7 +133,9 @@ def create_detector(name: str, num_classes: int, **options: Any) -> nn.Module:
     """
     check_detector(name)
     if name.startswith("torchvision/"):
-        return _torchvision(name, num_classes, options)
+        model = _torchvision(name, num_classes, options)
+        _check_values(name, options, type(model))
+        return model
     if (kind := kind_of(name)) is not None:
         return create_detr(kind, num_classes, **options)
     if name in _DETECTORS:
@@ -192,6 +194,7 @@ def build_on_backbone(
     for option in options:
         if option not in known:  # torchvision would ignore it
             raise UnknownNameError(f"option of detector {name!r}", option, known)
+    _check_values(name, options | {"short_side": short_side, "long_side": long_side}, detector_class)
     layout = BACKBONES[backbone_name]
     if frozen_stages is None:
         frozen_stages = layout.frozen_stages if pretrained else 0
@@ -206,6 +209,34 @@ def build_on_backbone(
         raise ConfigError(f"detector {name!r} does not take {options!r}: {error}") from error
     _start_boxes(detector)
     return detector
+
+
+def _check_values(name: str, options: Mapping[str, object], detector_class: type[nn.Module]) -> None:
+    """Raises a ConfigError for numbers with which torchvision would stop in a pass."""
+    own = inspect.signature(build_on_backbone).parameters
+    taken = {**own, **inspect.signature(detector_class).parameters}
+    for option, value in options.items():
+        default = taken[option].default if option in taken else None
+        values: list[Any] = [value]
+        needed = "a whole number" if isinstance(default, int) else "a number"
+        lowest = 1 if option in ("short_side", "long_side", "min_size", "max_size") else 0
+        if option in ("image_mean", "image_std"):
+            default, needed = 0.0, "three numbers"
+            values = (
+                [0.0]
+                if value is None
+                else [*value]
+                if isinstance(value, list | tuple) and len(value) == 3
+                else [None]
+            )
+        elif option == "min_size" and isinstance(value, list | tuple):
+            values = [*value]
+        if isinstance(default, int | float) and not all(
+            type(v) in (int, type(default)) and lowest <= v < 2**31 for v in values
+        ):
+            raise ConfigError(
+                f"{option} of detector {name!r}: got {value!r:.60}; allowed: {needed} from {lowest}"
+            )
 
 
 def build_detector(config: ModelConfig, num_classes: int, **defaults: int) -> nn.Module:
@@ -330,7 +361,7 @@ def _pyramid(classifier: nn.Module, layout: _Backbone, frozen_stages: int, *, on
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-    if not 0 <= frozen_stages <= len(layout.stages):
+    if frozen_stages not in range(len(layout.stages) + 1):
         raise ConfigError(f"frozen_stages: got {frozen_stages}; allowed are 0 to {len(layout.stages)}")
     body = classifier.get_submodule(layout.body)
     for stage in layout.stages[:frozen_stages]:
