@@ -10,8 +10,11 @@ from safetensors.torch import save_file
 
 import mdistiller
 from mdistiller import Distiller, Outputs, StoredTeacher, functional
-from mdistiller.errors import ConfigError, DataError
-from mdistiller.stored import read_outputs
+from mdistiller.data import DataConfig, load_data
+from mdistiller.errors import CheckpointError, ConfigError, DataError
+from mdistiller.stored import read_outputs, write_outputs
+from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.task import ClassificationTask
 
 SMALL = {"epochs": 1, "device": "cpu", "layout": "contiguous", "batch_size": 20, "seed": 3}
 
@@ -193,3 +196,33 @@ def test_unreadable_files_are_errors(tmp_path):
         read_outputs(tmp_path / "outputs.csv")
     save_file({"logits": torch.eye(3)}, tmp_path / "good.safetensors")
     assert len(read_outputs(tmp_path / "good.safetensors")) == 3
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "parquet"])
+def test_columns_follow_the_names_of_the_classes(tmp_path, suffix):
+    for split in ("train", "val"):
+        for name in "abc":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / "data" / split / name / "0.png")
+    data = load_data(DataConfig(kind="folder", root=tmp_path / "data", image_size=32))
+    logits = np.arange(9, dtype=np.float32).reshape(3, 3)
+    file = tmp_path / f"outputs.{suffix}"
+
+    def teacher(classes):
+        write_outputs(file, {"logits": logits, **({} if classes is None else {"classes": classes})})
+        config = {"student": "resnet8", "method": "kd", "teacher": {"name": "stored", "checkpoint": file}}
+        return ClassificationTask().build_teacher(ClassificationConfig.model_validate(config), data)
+
+    def rows(found):
+        return found(mdistiller.Batch(torch.zeros(3, 1), torch.zeros(3), torch.arange(3))).logits.numpy()
+
+    np.testing.assert_array_equal(rows(teacher(None)), logits)
+    np.testing.assert_array_equal(rows(teacher(["a", "b", "c"])), logits)
+    with pytest.warns(UserWarning, match="its classes were put into the data's order, by their names"):
+        moved = rows(teacher(["c", "a", "b"]))
+    np.testing.assert_array_equal(moved, logits[:, [1, 2, 0]])
+    with pytest.raises(CheckpointError, match="only in the data: c; only in the model: d"):
+        teacher(["a", "b", "d"])
+    for wrong in (["a", "b"], ["a", "a", "b"]):
+        with pytest.raises(ConfigError, match="a name of its own for each column"):
+            teacher(wrong)

@@ -1,5 +1,6 @@
 """A teacher whose outputs were computed elsewhere."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -23,7 +24,7 @@ STORED = "stored"
 
 _FORM = (
     "needed: logits [N, classes], or top_log_probs and top_ids [N, K] with the number of classes; features "
-    "[N, ...] and names [N] are optional"
+    "[N, ...], names [N] and classes [classes] are optional"
 )
 
 
@@ -42,7 +43,8 @@ class StoredTeacher(Teacher):
             tells only its K most likely classes, their log-probabilities `top_log_probs` [N, K] and
             `top_ids` [N, K]. Any other entry is a feature [N, ...], whose tap has the entry's name. `names`:
             files of the images, which a run matches with the ends of its images' paths; without them, row i
-            is training image i.
+            is training image i. `classes`: names in the order of the logits, which a run compares with its
+            data's; without them, the data's order is taken.
         classes: number of classes, for `top_ids`.
 
     Raises:
@@ -54,7 +56,7 @@ class StoredTeacher(Teacher):
 
     def __init__(self, outputs: Mapping[str, Any], *, classes: int | None = None) -> None:
         given = dict(outputs)
-        self_names = given.pop("names", None)
+        self_names, class_names = given.pop("names", None), given.pop("classes", None)
         rows = {name: _as_rows(name, value) for name, value in given.items()}
         if "top_ids" in rows and "top_log_probs" in rows:
             rows["logits"] = spread_rest(rows.pop("top_log_probs"), rows.pop("top_ids"), classes)
@@ -73,6 +75,13 @@ class StoredTeacher(Teacher):
             raise ConfigError(f"stored outputs: names come twice: {some(twice)}")
         super().__init__(_Stored(logits, rows))
         self.names = names
+        self.classes = None if class_names is None else [str(name) for name in class_names]
+        """Names of the classes; None where they are not known."""
+        if self.classes is not None and len({*self.classes}) != logits.shape[1]:
+            raise ConfigError(
+                f"stored outputs: got classes {some(self.classes)} for logits {list(logits.shape)}; allowed: "
+                "a name of its own for each column"
+            )
 
     def __len__(self) -> int:
         return len(self.stored.row_logits)
@@ -93,8 +102,10 @@ class StoredTeacher(Teacher):
         found = {name: value.float() for name, value in self.stored.take(index).items()}
         return Outputs(found.pop("logits"), found)
 
-    def fit(self, images: ImageSet | StreamSet) -> "StoredTeacher":
+    def fit(self, images: ImageSet | StreamSet, columns: Sequence[int] | None = None) -> "StoredTeacher":
         """Returns the teacher with its rows in the order of training images.
+
+        `columns`: columns of the logits in their new order; None: all, as they are.
 
         Raises:
             ConfigError: another number of rows than images; with names, an image without a row, or two images
@@ -107,14 +118,19 @@ class StoredTeacher(Teacher):
                     f"stored outputs: got {len(self):,} rows without names; the data has {len(images):,} "
                     "training images. With the images' file names as `names`, rows may be in any order"
                 )
-            return self
+            return self._take(torch.arange(len(self)), columns)
         if files is None:
             raise ConfigError(
                 "stored outputs: got rows with names, and the data's images are no files; leave the names "
                 "out and store the rows in the order of the training images"
             )
-        order = torch.tensor(_find_rows(self.names, files))
-        return StoredTeacher(self.stored.take(order))
+        return self._take(torch.tensor(_find_rows(self.names, files)), columns)
+
+    def _take(self, order: Tensor, columns: Sequence[int] | None) -> "StoredTeacher":
+        rows = self.stored.take(order)
+        if columns is not None:
+            rows["logits"] = rows["logits"][:, list(columns)]
+        return StoredTeacher(rows)
 
 
 class _Stored(nn.Module):
@@ -264,13 +280,14 @@ def write_outputs(path: Path, outputs: Mapping[str, Any]) -> None:
         elif path.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
-            arrays = {k: np.ascontiguousarray(v) for k, v in outputs.items() if k != "names"}
-            save_file(arrays, path)
+            arrays = {k: np.ascontiguousarray(v) for k, v in outputs.items() if k not in ("names", "classes")}
+            save_file(arrays, path, {"classes": json.dumps(outputs.get("classes"))})
         elif path.suffix == ".parquet":
             arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
             # Arrays in rows of their own type; Arrow takes those of one axis alone.
             columns = {k: v.tolist() if np.ndim(v) > 2 else list(v) for k, v in outputs.items()}
-            parquet.write_table(arrow.table(columns), path)
+            about = {"classes": json.dumps(columns.pop("classes", None))}
+            parquet.write_table(arrow.table(columns, metadata=about), path)
         else:
             raise ConfigError(f"out: got {path}; allowed are files .npz, .safetensors, .parquet")
     except ImportError as error:
@@ -285,9 +302,11 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    return dict(load_file(path))
+    with safe_open(path, "pt") as file:
+        rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        return rows | _read_classes((file.metadata() or {}).get("classes"))
 
 
 def _read_parquet(path: Path) -> dict[str, Any]:
@@ -301,4 +320,10 @@ def _read_parquet(path: Path) -> dict[str, Any]:
         **dict.fromkeys(PATH_COLUMNS, "names"),
         "output": "logits",
     }  # as `mdistiller predict --out` has them
-    return {own.get(name, name): value for name, value in columns.items()}
+    rows = {own.get(name, name): value for name, value in columns.items()}
+    return rows | _read_classes((table.schema.metadata or {}).get(b"classes"))
+
+
+def _read_classes(text: str | bytes | None) -> dict[str, Any]:
+    names = json.loads(text or "null")
+    return {} if names is None else {"classes": names}

@@ -76,6 +76,7 @@ def test_a_run_from_exported_outputs_has_the_weights_of_the_cached_run(cli, cach
     assert "36 images" in done.out
     teacher = read_outputs(file)
     assert teacher.stored.names == ("pooled",)
+    assert teacher.classes == ["a", "b", "c"]
     assert (teacher.names is None) == (suffix == "safetensors")
     again = mdistiller.distill("resnet8", teacher, data, "dkd", out=tmp_path / "run", **settings)
     ours, theirs = (load_file(each.folder / "student.safetensors") for each in (again, run))

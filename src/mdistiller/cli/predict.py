@@ -54,7 +54,7 @@ class PredictCommand(Command):
         deployment = predictor.deployment
         if self.out is not None:
             rows = predictor.outputs(images)
-            _write(self.out, read, rows)
+            _write(self.out, read, rows, predictor.card.classes)
             print(json.dumps([str(p) for p in read]) if self.as_json else "\n".join(map(str, read)))
             return
         predictions: list[Predictions]
@@ -76,12 +76,13 @@ class PredictCommand(Command):
                 print(f"  {deployment.format_prediction(prediction)}")
 
 
-def _write(file: Path, paths: Sequence[Path], rows: Tensor) -> None:
-    """Writes a row of numbers for each image."""
+def _write(file: Path, paths: Sequence[Path], rows: Tensor, classes: Sequence[str] | None) -> None:
+    """Writes a row of numbers for each image; `classes`: names of a classifier's columns."""
     if file.suffix == ".npy":
         np.save(file, rows.numpy())
     elif file.suffix == ".parquet":
-        write_outputs(file, {"path": [str(path) for path in paths], "output": rows.numpy()})
+        outputs = {"path": [str(path) for path in paths], "output": rows.numpy()}
+        write_outputs(file, outputs | ({"classes": classes} if classes else {}))
     else:
         raise ConfigError(f"out: got {file}; allowed: FILE.npy, FILE.parquet")
 

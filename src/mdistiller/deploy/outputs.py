@@ -71,7 +71,10 @@ def export_outputs(run: Path, out: Path, *, view: int | None = None, top: int | 
     if top is not None:
         rows |= _most_likely(found["logits"], top)
         del rows["logits"]
-    if (names := image_names(teacher.rows.splits.train)) is not None:
+    splits = teacher.rows.splits
+    if splits.named:
+        rows["classes"] = list(splits.classes)
+    if (names := image_names(splits.train)) is not None:
         depths = {len(Path(name).parts) for name in names}
         shared = os.path.commonpath([Path(name).parent for name in names]) if len(depths) == 1 else ""
         rows["names"] = [Path(name).relative_to(shared).as_posix() for name in names]

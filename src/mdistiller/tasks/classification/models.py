@@ -1,6 +1,7 @@
 """Models of a classification run with their weights: the student, one teacher or several."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from mdistiller.models.own_input import OwnInput, with_own_input, without_own_in
 from mdistiller.models.registry import check_model_name
 from mdistiller.models.weights import find_weights, initialise_classifier, read_metadata
 from mdistiller.settings import explain
-from mdistiller.stored import STORED
+from mdistiller.stored import STORED, StoredTeacher
 from mdistiller.taps import logits_if_any, logits_of, probe
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.types import IGNORED, DataInfo, Line
@@ -173,33 +174,44 @@ class Ensemble(nn.Module):
         return torch.stack([logits_of(member(image)) for member in self.members]).mean(0)
 
 
-def order_classes(model: nn.Module, checkpoint: Path | None, data: Splits, *, strict: bool = True) -> None:
-    """Puts the classes of a run's model into the data's order, by their names, and warns where it does so.
-
-    Args:
-        model: the model, whose classifier is changed in place.
-        checkpoint: its run, or its file; without names of classes nothing is compared.
-        data: the data.
-        strict: whether another set of names is an error, where the data's names came with it.
+def class_order(
+    theirs: Sequence[str], source: object, data: Splits, *, strict: bool = True
+) -> list[int] | None:
+    """Returns the places of the data's classes among a teacher's, and warns; None where nothing moves.
 
     Raises:
-        CheckpointError: the classes have other names, or the classifier is not known.
+        CheckpointError: the classes have other names, where the data's names came with it and `strict`.
     """
-    found = None if checkpoint is None else read_metadata(checkpoint).get("classes")
-    theirs, ours = list(found or data.classes), list(data.classes)
-    if theirs == ours:
-        return
+    ours = list(data.classes)
+    if list(theirs) == ours:
+        return None
     if set(theirs) != set(ours) or len(set(ours)) != len(theirs):
         if not (strict and data.named):
-            return
+            return None
         i = next((i for i, (one, two) in enumerate(zip(theirs, ours, strict=False)) if one != two), 0)
         lacks, more = ([n for n in a if n not in b] for a, b in ((ours, theirs), (theirs, ours)))
         raise CheckpointError(
-            f"{checkpoint} was trained on other classes than the data's: class {i} is {theirs[i]!r} for the "
+            f"{source} was trained on other classes than the data's: class {i} is {theirs[i]!r} for the "
             f"model and {ours[i]!r} in the data; only in the data: {some(lacks)}; only in the model: "
             f"{some(more)}. Use a model that was trained on classes of these names"
         )
-    order = torch.tensor([theirs.index(name) for name in ours])
+    warnings.warn(f"{source}: its classes were put into the data's order, by their names", stacklevel=3)
+    return [theirs.index(name) for name in ours]
+
+
+def order_classes(model: nn.Module, checkpoint: Path | None, data: Splits, *, strict: bool = True) -> None:
+    """Puts the classes of a run's model into the data's order, as `class_order`, in place.
+
+    `checkpoint` is its run, or its file; without names of classes nothing is compared.
+
+    Raises:
+        CheckpointError: as `class_order`, and for a model without a known classifier.
+    """
+    found = None if checkpoint is None else read_metadata(checkpoint).get("classes")
+    places = class_order(found or data.classes, checkpoint, data, strict=strict)
+    if places is None:
+        return
+    order = torch.tensor(places)
     layers = [model.get_submodule(path) for path in classifier_paths(model)]
     known = [m for m in layers if isinstance(m, nn.Linear | nn.Conv2d) and len(m.weight) == len(order)]
     if not known or len(known) < len(layers):
@@ -211,7 +223,17 @@ def order_classes(model: nn.Module, checkpoint: Path | None, data: Splits, *, st
         for tensor in (layer.weight, layer.bias):
             if tensor is not None:
                 tensor.data = tensor.data[order.to(tensor.device)]
-    warnings.warn(f"{checkpoint}: its classes were put into the data's order, by their names", stacklevel=2)
+
+
+def fit_stored(teacher: StoredTeacher, source: object, data: Splits) -> StoredTeacher:
+    """Returns stored outputs with rows in the order of the training images, columns in that of the classes.
+
+    Raises:
+        ConfigError: as `StoredTeacher.fit`.
+        CheckpointError: as `class_order`.
+    """
+    places = class_order(teacher.classes or data.classes, source, data)
+    return teacher.fit(data.train, places)
 
 
 def check_statistics(

@@ -103,7 +103,8 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         for teacher in config.teachers:
             if teacher.name == STORED:
                 assert teacher.checkpoint is not None
-                teachers.append(read_outputs(teacher.checkpoint, data.num_classes).fit(data.train))
+                stored = read_outputs(teacher.checkpoint, data.num_classes)
+                teachers.append(models.fit_stored(stored, teacher.checkpoint, data))
                 continue
             advice = (
                 f"train it on this data first (mdistiller train {config.recipe.partition('.')[0] or 'FAMILY'}"
@@ -117,7 +118,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
             except ClassCountError as error:
                 own, model = error.theirs, None
             if isinstance(model, StoredTeacher):
-                teachers.append(model.fit(data.train))
+                teachers.append(models.fit_stored(model, "the stored outputs", data))
                 continue
             if model is not None and own == data.num_classes:
                 models.order_classes(model, teacher.checkpoint, data)
