@@ -1,5 +1,6 @@
 """A resumed run knows its teacher and its data, which may be elsewhere."""
 
+import json
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.folder import RunFolder, check_resumable
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.launch import train
+from mdistiller.training.task import get_task
 
 
 def settings(tmp_path, **data):
@@ -114,3 +116,73 @@ def test_other_data_are_refused(tmp_path, change, memory):
         return
     with pytest.raises(ConfigError, match=f"data: .*{what}.* are not those with which this run was started"):
         train(config, resume=True)
+
+
+def write_objects(root):
+    """COCO's and VOC's files of four images with a box and a mask each."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        pictures, objects = [], []
+        for folder in ("images", "JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(2):
+            name, number = f"{split}{i}.png", len(pictures) + 1
+            image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+            image.save(root / "images" / name)
+            image.save(root / "JPEGImages" / name)
+            mask = Image.fromarray(rng.integers(0, 2, (16, 16), np.uint8), mode="P")
+            mask.putpalette(range(6))
+            mask.save(root / "SegmentationClass" / name)
+            pictures.append({"id": number, "file_name": name, "height": 16, "width": 16})
+            box = {"bbox": [2, 3, 8, 9], "area": 72, "iscrowd": 0}
+            objects.append({"id": number, "image_id": number, "category_id": 1, **box})
+        content = {"images": pictures, "annotations": objects, "categories": [{"id": 1, "name": "thing"}]}
+        (root / f"instances_{split}.json").write_text(json.dumps(content))
+        names = "\n".join(f"{split}{i}" for i in range(2))
+        (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(names)
+    (root / "classes.txt").write_text("ground\nthing\n")
+
+
+def move_box(root):
+    file = root / "instances_train.json"
+    file.write_text(file.read_text().replace("[2, 3, 8, 9]", "[2, 3, 8, 8]", 1))
+
+
+def rename_class(root):
+    for file in (*root.glob("*.json"), root / "classes.txt"):
+        file.write_text(file.read_text().replace("thing", "object"))
+
+
+def copy(folder, one, other):
+    return lambda root: shutil.copy(root / folder / one, root / folder / other)
+
+
+DENSE = {
+    "nothing": ("both", lambda root: None, set()),
+    "a box": ("detection", move_box, {"labels"}),
+    "a class's name": ("both", rename_class, {"labels"}),
+    "an image": ("detection", copy("images", "train0.png", "train1.png"), {"training images"}),
+    "a test image": ("segmentation", copy("JPEGImages", "val0.png", "val1.png"), {"test images"}),
+    "a mask": ("segmentation", copy("SegmentationClass", "train0.png", "train1.png"), {"training images"}),
+}
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+@pytest.mark.parametrize("change", DENSE)
+def test_other_images_with_objects_or_masks_are_told(tmp_path, task, change):
+    write_objects(tmp_path / "data")
+    student = {"detection": "fcos_resnet18", "segmentation": "lraspp_mobilenet_v3_small"}[task]
+    config = get_task(task).Config.model_validate({"student": student, "data": {"root": tmp_path / "data"}})
+
+    def found(config):
+        return get_task(task).identify(config, get_task(task).load_data(config))
+
+    before = found(config)
+    moved = tmp_path / "moved"
+    (tmp_path / "data").rename(moved)
+    where, edit, what = DENSE[change]
+    edit(moved)
+    after = found(config.replace(data={"root": moved}))
+    assert before.keys() == after.keys() == {"labels", "training images", "test images"}
+    told = {name for name in before if before[name] != after[name]}
+    assert told == (what if where in (task, "both") else set())

@@ -4,7 +4,7 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -73,9 +73,13 @@ def identify(splits: Splits, workers: Workers = "auto") -> dict[str, str]:
         if isinstance(images, ImageSet | TensorStream):
             hashes[kind] = _hash_bytes(images.images.cpu())
         elif isinstance(images, EncodedSet) and len(images) <= COMPARED:
-            known = b"".join(value or bytes(32) for value in hash_files(images, workers))
-            hashes[kind] = hashlib.sha256(known).hexdigest()
+            hashes[kind] = hash_all(images, workers)
     return hashes
+
+
+def hash_all(images: EncodedSet | Sequence[Path], workers: Workers) -> str:
+    """Computes one hash of all encoded images, or files, in their order."""
+    return hashlib.sha256(b"".join(one or bytes(32) for one in hash_files(images, workers))).hexdigest()
 
 
 def count_copies(train: EncodedSet, test: EncodedSet, workers: Workers) -> int:
@@ -96,15 +100,16 @@ def count_copies(train: EncodedSet, test: EncodedSet, workers: Workers) -> int:
     return sum(value in known for value in second)
 
 
-def hash_files(images: EncodedSet, workers: Workers) -> list[bytes | None]:
-    """Computes the SHA-256 of each encoded image; None for one that cannot be read.
+def hash_files(images: EncodedSet | Sequence[Path], workers: Workers) -> list[bytes | None]:
+    """Computes the SHA-256 of each encoded image, or file; None for one that cannot be read.
 
     The user's cache folder keeps the hashes of files by path, size and times of change.
     """
 
     def key(index: int) -> bytes:
         try:
-            if not isinstance(file := images.file(index), Path):
+            file = images.file(index) if isinstance(images, EncodedSet) else images[index]
+            if not isinstance(file, Path):
                 return b""
             facts = file.stat()
         except OSError:
@@ -116,7 +121,9 @@ def hash_files(images: EncodedSet, workers: Workers) -> list[bytes | None]:
 
     def compute(index: int) -> bytes | None:
         try:
-            return hashlib.sha256(images.encoded(index).numpy().data).digest()
+            if isinstance(images, EncodedSet):
+                return hashlib.sha256(images.encoded(index).numpy().data).digest()
+            return hashlib.sha256(images[index].read_bytes()).digest()
         except OSError:
             return None
 

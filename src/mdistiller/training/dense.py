@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -15,6 +17,7 @@ from torch import nn
 
 from mdistiller.config import RunConfig, find_field
 from mdistiller.data.cores import Workers
+from mdistiller.data.identity import COMPARED, hash_all
 from mdistiller.data.labels import stratified_cut
 from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
@@ -182,6 +185,32 @@ def check_fraction(config: Data, train: Sequence[Path], read_test: Callable[[Dat
             f"val_fraction: got {config.val_fraction}; {config.root} has {len(test)} test images of its own, "
             f"such as {test[0].name}; allowed is None"
         )
+
+
+class DenseSet(Protocol):
+    """Images with objects or masks."""
+
+    classes: Sequence[str]
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files of images, then those of masks."""
+
+    @property
+    def labels(self) -> Iterator[object]:
+        """What the files do not tell, for each image, as plain values."""
+
+
+def identify(splits: DenseSplits[Any], workers: Workers) -> dict[str, str]:
+    """Returns hashes by which a resumed run knows its data, as `data.identity.identify`."""
+    train: DenseSet = splits.train
+    test: DenseSet = splits.test
+    labels = hashlib.sha256(repr(train.classes).encode())
+    for label in chain(train.labels, test.labels):
+        labels.update(repr(label).encode())
+    parts = {"training images": train.files, "test images": test.files}
+    found = {name: hash_all(files, workers) for name, files in parts.items() if len(files) <= COMPARED}
+    return {"labels": labels.hexdigest(), **found}
 
 
 Images = TypeVar("Images")

@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
@@ -75,6 +75,17 @@ class DetectionSet:
     def num_classes(self) -> int:
         """Number of classes of a detector for this set, with the background."""
         return max(label for label, _, _ in self.categories) + 1
+
+    @property
+    def files(self) -> list[Path]:
+        """Files of the images."""
+        return [image.path for image in self.images]
+
+    @property
+    def labels(self) -> Iterator[object]:
+        """Objects of each image as plain values."""
+        for image in self.images:
+            yield image.size, image.boxes.tolist(), image.labels.tolist(), image.segmentations
 
     def read(self, index: int) -> tuple[Tensor, Target]:
         """Reads an image, uint8 [3, H, W], with `boxes` [N, 4], `labels` [N] and perhaps `masks` [N, H, W].

@@ -40,7 +40,7 @@ from mdistiller.tasks.detection.models import (
 from mdistiller.tasks.detection.weights import build_for_data
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
-from mdistiller.training.dense import DenseSplits, check_classes
+from mdistiller.training.dense import DenseSplits, check_classes, identify
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import lay_out, memory_format
@@ -75,6 +75,9 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
         if all(annotation.get("iscrowd") for annotation in data.test.ground_truth["annotations"]):
             raise ConfigError(f"data: the test images of {config.data.root} have no object")
         return data
+
+    def identify(self, config: DetectionConfig, data: DetectionSplits) -> dict[str, str]:
+        return identify(data, config.data.workers)
 
     def build_model(self, config: DetectionConfig, model: ModelConfig, data: DetectionSplits) -> nn.Module:
         return build_for_data(model, data, new=model is not config.teacher, **config.augment.size)

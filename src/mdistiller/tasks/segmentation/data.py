@@ -2,7 +2,9 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal, Self
 
@@ -78,6 +80,14 @@ class MaskFiles(SegmentationSet):
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def files(self) -> list[Path]:
+        return [*self.images, *self.masks]
+
+    @property
+    def labels(self) -> Iterator[object]:
+        return iter([self.table])
+
     def path(self, index: int) -> Path:
         return self.images[index]
 
@@ -123,6 +133,14 @@ class ObjectMasks(SegmentationSet):
 
     def __len__(self) -> int:
         return len(self.objects)
+
+    @property
+    def files(self) -> list[Path]:
+        return self.objects.files
+
+    @property
+    def labels(self) -> Iterator[object]:
+        return chain(self.objects.labels, [self.ids, self.crowds])
 
     def path(self, index: int) -> Path:
         return self.objects.images[index].path

@@ -33,7 +33,7 @@ from mdistiller.tasks.segmentation.segmenter import (
 )
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
-from mdistiller.training.dense import DenseSplits, check_classes
+from mdistiller.training.dense import DenseSplits, check_classes, identify
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import lay_out, memory_format, torch_dtype
@@ -65,6 +65,9 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
 
     def load_data(self, config: SegmentationConfig) -> SegmentationSplits:
         return load_segmentation(config.data)
+
+    def identify(self, config: SegmentationConfig, data: SegmentationSplits) -> dict[str, str]:
+        return identify(data, config.data.workers)
 
     def build_model(
         self, config: SegmentationConfig, model: ModelConfig, data: SegmentationSplits
