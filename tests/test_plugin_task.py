@@ -6,8 +6,7 @@ import signal
 import time
 
 import pytest
-from processes import Forked
-from processes import mdistiller as mdistiller_command
+from processes import Forked, mdistiller as mdistiller_command
 
 import mdistiller
 from mdistiller.cli.main import run as command

@@ -12,64 +12,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mdistiller import functional as functional
-    from mdistiller.api import Run, distill, train
-    from mdistiller.config import RunConfig
-    from mdistiller.data import ImageSet, Splits, register_dataset
-    from mdistiller.deploy.predict import load_export
-    from mdistiller.deploy.student import load_student, save_student
-    from mdistiller.distiller import Distiller
-    from mdistiller.methods import Method, MethodConfig, list_methods, register_method
-    from mdistiller.models import create_model, list_models, register_model
-    from mdistiller.recipes import get_recipe, list_recipes
-    from mdistiller.stored import StoredTeacher
-    from mdistiller.taps import tap
-    from mdistiller.tasks.detection import (
-        DetectionDistiller,
-        DetectorAdapter,
-        DetectorPass,
-        Level,
-        register_detector,
+    from mdistiller.api import Run as Run, distill as distill, train as train
+    from mdistiller.config import RunConfig as RunConfig
+    from mdistiller.data import ImageSet as ImageSet, Splits as Splits, register_dataset as register_dataset
+    from mdistiller.deploy.predict import load_export as load_export
+    from mdistiller.deploy.student import load_student as load_student, save_student as save_student
+    from mdistiller.distiller import Distiller as Distiller
+    from mdistiller.methods import (
+        Method as Method,
+        MethodConfig as MethodConfig,
+        list_methods as list_methods,
+        register_method as register_method,
     )
-    from mdistiller.training.task import Task, register_task
-    from mdistiller.types import Batch, DataInfo, Metric, Outputs
+    from mdistiller.models import (
+        create_model as create_model,
+        list_models as list_models,
+        register_model as register_model,
+    )
+    from mdistiller.recipes import get_recipe as get_recipe, list_recipes as list_recipes
+    from mdistiller.stored import StoredTeacher as StoredTeacher
+    from mdistiller.taps import tap as tap
+    from mdistiller.tasks.detection import (
+        DetectionDistiller as DetectionDistiller,
+        DetectorAdapter as DetectorAdapter,
+        DetectorPass as DetectorPass,
+        Level as Level,
+        register_detector as register_detector,
+    )
+    from mdistiller.training.task import Task as Task, register_task as register_task
+    from mdistiller.types import Batch as Batch, DataInfo as DataInfo, Metric as Metric, Outputs as Outputs
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Batch",
-    "DataInfo",
-    "DetectionDistiller",
-    "DetectorAdapter",
-    "DetectorPass",
-    "Distiller",
-    "ImageSet",
-    "Level",
-    "Method",
-    "MethodConfig",
-    "Metric",
-    "Outputs",
-    "Run",
-    "RunConfig",
-    "Splits",
-    "StoredTeacher",
-    "Task",
-    "create_model",
-    "distill",
-    "get_recipe",
-    "list_methods",
-    "list_models",
-    "list_recipes",
-    "load_export",
-    "load_student",
-    "register_dataset",
-    "register_detector",
-    "register_method",
-    "register_model",
-    "register_task",
-    "save_student",
-    "tap",
-    "train",
-]
 
 _MODULES = {
     "api": ("Run", "distill", "train"),
@@ -91,6 +64,7 @@ _MODULES = {
     "types": ("Batch", "DataInfo", "Metric", "Outputs"),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

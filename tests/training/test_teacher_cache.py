@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import Forked, run_group
-from processes import mdistiller as mdistiller_command
+from processes import Forked, mdistiller as mdistiller_command, run_group
 from small_runs import CPU, fit_alone, make_teacher, make_trainer, next_batch, open_teacher
 from torch import nn
 
@@ -25,8 +24,7 @@ from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.data.identity import identity
 from mdistiller.errors import ConfigError
 from mdistiller.methods import DKDConfig, KDConfig, load_plugin, method_config
-from mdistiller.models import ModelConfig
-from mdistiller.models import registry as model_registry
+from mdistiller.models import ModelConfig, registry as model_registry
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification.config import ClassificationConfig

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Scalar
-from mdistiller.methods.kd import Mask, ignored_rows
-from mdistiller.methods.kd import divergence as kl_terms
+from mdistiller.methods.kd import Mask, divergence as kl_terms, ignored_rows
 from mdistiller.types import IGNORED
 
 Hidden = Float[Tensor, "*b _"]
