@@ -250,7 +250,7 @@ def cache(folder):
     def read():
         return TeacherCache(folder / "cache", [{"logits": Stream({"a": 1}, 5, "fp16", 12)}])
 
-    read().record(0, np.arange(12), {"logits": LOGITS})
+    read().fill(0, np.arange(12), ["logits"], lambda: {"logits": LOGITS})
     return {path: path.read_bytes() for path in (folder / "cache").iterdir()}, read
 
 

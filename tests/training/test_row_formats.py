@@ -57,7 +57,7 @@ def test_tokens_have_a_scale_for_each_channel(tokens, channels):
     flat = values.astype(np.float32).reshape(20, -1)
     rows = form.encode(flat)
     assert (rows.shape, rows.dtype) == ((20, form.row_bytes), np.uint8)
-    assert form.row_bytes == -(-(8 * channels + tokens * channels) // 4) * 4
+    assert form.row_bytes == 8 * channels + tokens * channels
     assert form.decode(rows[:0]).shape == (0, tokens * channels)
     found, given = (x.reshape(20, tokens, channels) for x in (form.decode(rows), flat))
     step = (given.max(1) - given.min(1)) / 255

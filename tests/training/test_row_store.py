@@ -1,6 +1,7 @@
 """Rows on disk: no kill, no second writer, no damage and no full disk yields a wrong row."""
 
 import contextlib
+import hashlib
 import os
 import resource
 import signal
@@ -65,25 +66,15 @@ def test_rows_of_zeros_count_once_they_are_written(tmp_path):
     assert not found.any()
 
 
-def plain_checksum(row, number, salt):
-    """The checksum in Python's integers."""
-    words = [int.from_bytes(row[i : i + 4], "little") for i in range(0, len(row), 4)]
-    weights = np.random.SeedSequence(salt).generate_state(2 * (len(words) + 3), np.uint64).tolist()
-    halves = []
-    for w in (weights[: len(words) + 3], weights[len(words) + 3 :]):
-        values = [number % 2**32, number >> 32, 1, *words]
-        halves.append(sum(a * b for a, b in zip(w, values, strict=True)) % 2**64 >> 32)
-    return halves[0] << 32 | halves[1]
-
-
-def test_the_checksum_is_the_formula_s(tmp_path):
+def test_the_checksum_is_blake2b_of_number_and_row(tmp_path):
     a = store(tmp_path)
-    numbers = np.array([0, 5, 2**33 + 7])
-    rows = truth(numbers)
-    found = a._checksum(rows, numbers).copy().view("<u8")[:, 0].tolist()
-    assert found == [
-        plain_checksum(row.tobytes(), int(n), SALT) for row, n in zip(rows, numbers, strict=True)
-    ]
+    numbers = np.array([0, 5, 299])
+    a.write(numbers, truth(numbers))
+    content, key = a.path.read_bytes(), SALT.to_bytes(8, "little")
+    for number in numbers.tolist():
+        row = content[number * a.stride :][:WIDTH]
+        expected = hashlib.blake2b(number.to_bytes(8, "little") + row, digest_size=8, key=key).digest()
+        assert content[number * a.stride + WIDTH :][:8] == expected
 
 
 def test_a_row_belongs_to_its_number_and_its_salt(tmp_path):

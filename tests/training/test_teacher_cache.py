@@ -527,7 +527,7 @@ def refuse():
 
 def test_a_foreign_file_under_the_name_is_written_again(tmp_path):
     other, own = TeacherCache(tmp_path, [stream(b=1)]), TeacherCache(tmp_path, [stream()])
-    other.record(0, np.arange(10), values(100))
+    other.fill(0, np.arange(10), [LOGITS], lambda: values(100))
     paths = [cache._views[0][LOGITS].store.path for cache in (other, own)]
     shutil.copy(*paths)
     shutil.copy(*(path.with_suffix(".json") for path in paths))
@@ -542,7 +542,8 @@ def test_a_foreign_file_under_the_name_is_written_again(tmp_path):
 @pytest.mark.parametrize("order", [([LOGITS], [LOGITS, "pooled"]), ([LOGITS, "pooled"], [LOGITS])])
 def test_rows_that_are_there_stay_whatever_is_computed(tmp_path, order):
     """The teacher runs for a missing vector; the logits that another run has read do not change."""
-    TeacherCache(tmp_path, [stream()]).record(0, np.arange(6), {LOGITS: values()[LOGITS][:6]})
+    six = {LOGITS: values()[LOGITS][:6]}
+    TeacherCache(tmp_path, [stream()]).fill(0, np.arange(6), [LOGITS], lambda: six)
     both = {**stream(), "pooled": Stream({"a": 1, "tap": "pooled"}, 3, "fp16", 10)}
     pooled = np.arange(30, dtype=np.float32).reshape(10, 3)
     asked = []
