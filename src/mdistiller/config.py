@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
@@ -33,6 +33,9 @@ class TeacherConfig(ModelConfig):
     """Features of this teacher to store in the run's `teacher_cache`, beside its logits."""
 
 
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Settings):
     """Optimizer, learning-rate schedule and treatment of the gradient."""
 
@@ -41,7 +44,7 @@ class OptimConfig(Settings):
     `deepkd` has a third one, for distillation of the target class (Huang et al. 2025)."""
     lr: float = Field(default=0.05, gt=0)
     """Highest learning rate."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    momentum: Momentum = 0.9
     """Momentum of SGD and DOT."""
     nesterov: bool = False
     """Use Nesterov momentum in SGD."""
@@ -67,7 +70,7 @@ class OptimConfig(Settings):
     accumulate: int = Field(default=1, ge=1)
     """Split each batch into this many parts, to save memory. The gradient is that of the whole batch, but
     batch norm and losses that relate samples see one part at a time."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """AdamW: decay of the running means of the gradient and of its square."""
     min_lr: float = Field(default=0.0, ge=0, le=1)
     """Lowest learning rate of `cosine`, `poly` and `step`, as a fraction of lr."""
@@ -82,20 +85,16 @@ class OptimConfig(Settings):
     """Apply weight decay to norms and biases too."""
 
     @property
-    def has_momenta(self) -> bool:
-        """Whether the gradients of task and distillation have momenta of their own."""
-        return self.name in ("dot", "deepkd")
+    def momenta(self) -> dict[str, float]:
+        """Added to the momentum for the gradient of each part of the loss; {}: there is one momentum."""
+        if self.name == "dot":
+            return {"task": -self.delta, "distillation": self.delta}
+        names = ("task", "target", "distillation") if self.name == "deepkd" else ()
+        return dict(zip(names, self.deltas, strict=False))
 
     def is_renamed_by(self, changes: Mapping[str, object]) -> bool:
         """Returns False: another optimizer keeps the other fields."""
         return False
-
-    @field_validator("betas")
-    @classmethod
-    def _check_betas(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("betas: allowed are two numbers in [0, 1)")
-        return value
 
     @field_validator("milestones")
     @classmethod
@@ -106,21 +105,14 @@ class OptimConfig(Settings):
 
     @model_validator(mode="after")
     def _check_dot(self) -> OptimConfig:
-        if not self.has_momenta:
-            return self
-        if self.nesterov or self.clip_norm is not None:
+        if self.momenta and (self.nesterov or self.clip_norm is not None):
             raise ValueError(f"name: {self.name!r} takes neither nesterov nor clip_norm")
-        if self.name == "deepkd":
-            if not all(0 <= self.momentum + delta < 1 for delta in self.deltas):
-                raise ValueError(
-                    f"deltas: got {self.deltas}; momentum plus each must lie in [0, 1), "
-                    f"and momentum is {self.momentum}"
-                )
-            return self
-        if not self.delta <= min(self.momentum, 0.999999 - self.momentum):
+        if not all(0 <= self.momentum + delta < 1 for delta in self.momenta.values()):
+            is_dot = self.name == "dot"
+            field, how = ("delta", "minus and plus delta") if is_dot else ("deltas", "plus each")
             raise ValueError(
-                f"delta: got {self.delta}; momentum minus and plus delta must lie in [0, 1), "
-                f"and momentum is {self.momentum}"
+                f"{field}: got {getattr(self, field)}; momentum {how} must lie in [0, 1), and momentum is "
+                f"{self.momentum}"
             )
         return self
 
@@ -352,7 +344,7 @@ class RunConfig(Settings):
             raise ValueError(
                 f"optim.accumulate: got {self.optim.accumulate} parts for a batch of {self.batch_size}"
             )
-        if self.optim.has_momenta and self.precision == "float16":
+        if self.optim.momenta and self.precision == "float16":
             raise ValueError(
                 f"optim.name: {self.optim.name!r} takes precision float32 or bfloat16; got float16"
             )
@@ -373,7 +365,7 @@ class RunConfig(Settings):
             raise ValueError(
                 f"probe_epochs: got {self.probe_epochs} of {self.epochs} epochs; allowed are fewer"
             )
-        if self.optim.has_momenta and self.probe_epochs:
+        if self.optim.momenta and self.probe_epochs:
             raise ValueError(f"probe_epochs: optim.name {self.optim.name!r} takes 0; got {self.probe_epochs}")
         self._check_teachers()
         if self.learns_from_average and self.ema is None:

@@ -18,9 +18,9 @@ from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.distributed import World
-from mdistiller.training.dot import DOT, DeepKD
+from mdistiller.training.dot import DOT
 
-SETTINGS = {"lr": 0.1, "momentum": 0.8, "delta": 0.15, "weight_decay": 0.01}
+SETTINGS = {"lr": 0.1, "momentum": 0.8, "deltas": {"task": -0.15, "distillation": 0.15}, "weight_decay": 0.01}
 
 
 class Three(nn.Module):
@@ -71,7 +71,7 @@ def test_updates_are_the_rule_s_whole_or_in_parts(parts):
 def test_without_a_difference_it_is_sgd():
     a = Three()
     b = copy.deepcopy(a)
-    dot = DOT(a.parameters(), **SETTINGS | {"delta": 0.0, "lr": 1e-3})
+    dot = DOT(a.parameters(), **SETTINGS | {"deltas": {"task": 0.0, "distillation": 0.0}, "lr": 1e-3})
     sgd = torch.optim.SGD(b.parameters(), lr=1e-3, momentum=0.8, weight_decay=0.01)
     for _ in range(4):
         dot.backward(*a.losses())
@@ -208,6 +208,9 @@ def test_float16_and_methods_without_distillation_are_refused():
         step_on(trainer, next(iter(trainer.source.loader.epoch(0))))
 
 
+BUFFERS = "task", "target", "distillation"
+
+
 def losses_of_three(model):
     """As `Three.losses`, with a part of the distillation for the target class."""
     task = {"task": (model.both**2).sum() * model.task.sum()}
@@ -220,8 +223,8 @@ def losses_of_three(model):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_deepkd_has_a_momentum_for_each_of_three_gradients(parts):
     model = Three()
-    settings = {"lr": 0.001, "momentum": 0.8, "weight_decay": 0.01, "deltas": (0.1, -0.2, 0.15)}
-    optimizer = DeepKD(model.parameters(), **settings)
+    settings = SETTINGS | {"lr": 0.001, "deltas": {"task": 0.1, "target": -0.2, "distillation": 0.15}}
+    optimizer = DOT(model.parameters(), **settings)
     both, task, kd = torch.tensor([1.0, -2.0]).double(), 0.5, 3.0
     v, v_task, v_kd = [torch.zeros(2).double() for _ in range(3)], 0.0, 0.0
     for _ in range(3):
@@ -241,8 +244,8 @@ def test_deepkd_has_a_momentum_for_each_of_three_gradients(parts):
 def test_deepkd_with_dot_s_deltas_is_dot():
     models = Three(), Three()
     dot = DOT(models[0].parameters(), **SETTINGS | {"lr": 0.001})
-    deltas = (-SETTINGS["delta"], SETTINGS["delta"], SETTINGS["delta"])
-    deep = DeepKD(models[1].parameters(), lr=0.001, momentum=0.8, weight_decay=0.01, deltas=deltas)
+    deltas = dict(zip(BUFFERS, (-0.15, 0.15, 0.15), strict=True))
+    deep = DOT(models[1].parameters(), lr=0.001, momentum=0.8, weight_decay=0.01, deltas=deltas)
     for _ in range(3):
         for model, optimizer in zip(models, (dot, deep), strict=True):
             optimizer.backward(*losses_of_three(model))
@@ -253,7 +256,7 @@ def test_deepkd_with_dot_s_deltas_is_dot():
 
 def test_deepkd_needs_both_parts_and_momenta_below_one():
     model = Three()
-    optimizer = DeepKD(model.parameters(), lr=0.1, momentum=0.8, deltas=(0.0, 0.0, 0.0))
+    optimizer = DOT(model.parameters(), lr=0.1, momentum=0.8, deltas=dict.fromkeys(BUFFERS, 0.0))
     with pytest.raises(
         ConfigError, match=r"needs a distillation loss 'tckd' and another one.*\['kd', 'more'\]"
     ):

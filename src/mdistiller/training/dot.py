@@ -23,14 +23,15 @@ class DOT(torch.optim.Optimizer):
     """SGD with separate momenta for the gradients of task and distillation.
 
     `backward` replaces `loss.backward()` and may be called several times a step. Weight decay is added to the
-    task's gradient. A parameter that only one of the two losses reaches (a method's adapter, the classifier
+    task's gradient. A parameter that only one of the losses reaches (a method's adapter, the classifier
     under a feature method) has the plain momentum.
 
     Args:
         parameters: parameters to train, or groups of them; each gets a gradient from at least one loss.
         lr: learning rate.
         momentum: μ.
-        delta: Δ.
+        deltas: momentum less μ for the buffers `task`, `distillation` and, for DeepKD, `target`: the losses
+            named `tckd`.
         weight_decay: added to the gradient, times the parameter.
         average: replaces a gradient by its mean over all processes, in place.
     """
@@ -41,22 +42,14 @@ class DOT(torch.optim.Optimizer):
         *,
         lr: float,
         momentum: float,
-        delta: float,
+        deltas: Mapping[str, float],
         weight_decay: float = 0.0,
         average: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-        self.momentum = momentum
-        self.deltas = {"task": -delta, "distillation": delta}
-        self.average = average
+        self.momentum, self.deltas, self.average = momentum, deltas, average
         self.parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         self._gradients: dict[str, list[Tensor | None]] = {}
-
-    def group(
-        self, task: Mapping[str, Tensor], distillation: Mapping[str, Tensor]
-    ) -> dict[str, list[Tensor]]:
-        """Returns the losses of each buffer, by the names in `deltas`."""
-        return {"task": list(task.values()), "distillation": list(distillation.values())}
 
     def backward(
         self, task: Mapping[str, Tensor], distillation: Mapping[str, Tensor], weight: float = 1.0
@@ -64,11 +57,19 @@ class DOT(torch.optim.Optimizer):
         """Adds the gradients of the sum of the task losses and of the distillation losses, times `weight`.
 
         Raises:
-            ConfigError: there is no distillation loss.
+            ConfigError: a buffer has no loss.
         """
-        if not distillation:
-            raise ConfigError("optim.name: DOT needs a distillation loss beside the task's")
-        groups = self.group(task, distillation)
+        groups: dict[str, list[Tensor]] = {name: [] for name in self.deltas} | {"task": [*task.values()]}
+        for name, value in distillation.items():
+            is_target = "target" in groups and name.split(".")[-1] == "tckd"
+            groups["target" if is_target else "distillation"].append(value)
+        if not all(groups.values()):
+            kind, parts = "DOT", "beside the task's"
+            if "target" in groups:
+                kind, parts = "DeepKD", "'tckd' and another one"
+            raise ConfigError(
+                f"optim.name: {kind} needs a distillation loss {parts}; got {list(distillation)}"
+            )
         for name in reversed(groups):  # the task's is the last and frees the graph
             loss = torch.stack(groups[name]).sum() * weight
             new = torch.autograd.grad(loss, self.parameters, retain_graph=name != "task", allow_unused=True)
@@ -97,45 +98,6 @@ class DOT(torch.optim.Optimizer):
                     state[name].mul_(self.momentum + change).add_(gradient)
                     p.add_(state[name], alpha=-group["lr"])
         self._gradients = {}
-
-
-class DeepKD(DOT):
-    """DOT with a third momentum, for the distillation losses of the target class.
-
-    Args:
-        parameters: as `DOT`.
-        lr: learning rate.
-        momentum: μ.
-        deltas: momentum less μ for the task, for the losses named `tckd`, and for all other distillation.
-        weight_decay: added to the task's gradient, times the parameter.
-        average: as `DOT`.
-    """
-
-    def __init__(
-        self,
-        parameters: ParamsT,
-        *,
-        lr: float,
-        momentum: float,
-        deltas: tuple[float, float, float],
-        weight_decay: float = 0.0,
-        average: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(parameters, delta=0.0, average=average, **settings)
-        self.deltas = dict(zip(("task", "target", "distillation"), deltas, strict=True))
-
-    def group(
-        self, task: Mapping[str, Tensor], distillation: Mapping[str, Tensor]
-    ) -> dict[str, list[Tensor]]:
-        target = {name: value for name, value in distillation.items() if name.split(".")[-1] == "tckd"}
-        others = [value for name, value in distillation.items() if name not in target]
-        if not target or not others:
-            raise ConfigError(
-                "optim.name: DeepKD needs a distillation loss 'tckd' and another one, as its method has; "
-                f"got {list(distillation)}"
-            )
-        return {"task": list(task.values()), "target": list(target.values()), "distillation": others}
 
 
 def _average_all(gradients: list[Tensor], average: Callable[[Tensor], Tensor]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mdistiller.config import OptimConfig
 from mdistiller.models.layers import classifier_paths, layer_numbers, undecayed
-from mdistiller.training.dot import DOT, DeepKD
+from mdistiller.training.dot import DOT
 from mdistiller.types import Line
 
 
@@ -27,10 +27,8 @@ def build_optimizer(
         student: the part of the module whose layers have rates of their own. None: the module.
     """
     groups = parameter_groups(config, module, module if student is None else student)
-    if config.name == "dot":
-        return DOT(groups, lr=config.lr, momentum=config.momentum, delta=config.delta, average=average)
-    if config.name == "deepkd":
-        return DeepKD(groups, lr=config.lr, momentum=config.momentum, deltas=config.deltas, average=average)
+    if deltas := config.momenta:
+        return DOT(groups, lr=config.lr, momentum=config.momentum, deltas=deltas, average=average)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)

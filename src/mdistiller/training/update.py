@@ -63,7 +63,7 @@ class Update:
         """Wraps the distiller in DDP, for the parameters that train now."""
         self.call: Distiller | DistributedDataParallel = self.distiller
         # DOT averages its gradients over the processes itself.
-        if self.world.size > 1 and not self.config.optim.has_momenta:
+        if self.world.size > 1 and not self.config.optim.momenta:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             # Buffers need no broadcast each step: evaluation and checkpoints take the main process's, and a
             # memory bank, which is large, is kept equal by its method.

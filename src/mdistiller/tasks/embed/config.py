@@ -80,7 +80,7 @@ class EmbedConfig(ClassificationConfig):
         wrong += [
             f"augment.{name}" for name in ("mixup_alpha", "cutmix_alpha") if getattr(self.augment, name)
         ]
-        wrong += [f"optim.name {self.optim.name}"] * self.optim.has_momenta
+        wrong += [f"optim.name {self.optim.name}"] * bool(self.optim.momenta)
         wrong += [f"method.{name} auto" for name in open_weights(self.method)]
         if wrong:
             raise ValueError(
