@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file
-from small_runs import make_trainer, step_on
+from small_runs import make_trainer, next_batch, step_on
 from torch import nn
 
 import mdistiller
@@ -310,6 +310,19 @@ def test_resumed_equals_never_interrupted(tmp_path, changes, whole, at):
         return [{k: v for k, v in line.items() if k not in timings} for line in read_metrics(path)]
 
     assert lines(whole.path) == lines(cut.path)
+
+
+def test_a_stop_after_an_epoch_counts_its_seconds_once():
+    settings = config(epochs=2)
+    trainer = make_trainer(settings, load_data(settings.data), mdistiller.create_model("resnet8", 4), None)
+    trainer.clock = iter(range(100)).__next__
+    trainer.start_epoch()
+    for step in range(trainer.steps):
+        trainer.train_step(*next_batch(trainer, step))
+    trainer.end_epoch(Silent())
+    seconds = trainer.seconds
+    trainer.interrupt("SIGTERM")
+    assert trainer.seconds == seconds
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -148,8 +148,7 @@ class Trainer:
         """Trains on one prepared batch; returns the sums of its losses and metrics, on the device."""
         progress = self._method_progress()
         self.seed_step(self.step)
-        lr = learning_rate(self.config.optim, self.step, self.total, self.probe_steps)
-        sums = self.update(batch, teacher, lr, progress)
+        sums = self.update(batch, teacher, self.learning_rate(self.step), progress)
         self.step += 1
         self.batch += 1
         self.metrics.add(sums, self.step, self.epoch + 1)
@@ -176,7 +175,13 @@ class Trainer:
 
     def end_epoch(self, reporter: Reporter) -> None:
         """Writes the epoch's metrics; evaluates and saves where that is due."""
-        self._close_epoch(finished=True)
+        # Reads from the device, so the time below is that of finished work.
+        self.metrics.flush(self.step, self.epoch + 1)
+        elapsed = self.clock() - self.epoch_start
+        self.seconds += elapsed
+        self.epoch_ms.append(1000 * elapsed / (self.step - self.first_step))
+        self.epoch, self.batch = self.epoch + 1, 0
+        self._check_finite()
         run, config = self.run, self.config
         if run is not None and self.epoch in config.save_epochs:
             with run.writing():
@@ -188,17 +193,7 @@ class Trainer:
                 with run.writing():
                     self.save(line)
                 reporter.evaluated(line)
-
-    def _close_epoch(self, *, finished: bool) -> None:
-        # Reads from the device, so the time below is that of finished work.
-        self.metrics.flush(self.step, self.epoch + 1, close=finished)
-        elapsed = self.clock() - self.epoch_start
-        self.seconds += elapsed
-        if finished:
-            self.epoch_ms.append(1000 * elapsed / (self.step - self.first_step))
-            self.epoch += 1
-            self.batch = 0
-        self._check_finite()
+        self.epoch_start = self.clock()  # for a stop before the next epoch
 
     def _check_finite(self) -> None:
         """Checks the weights: a gradient can be bad where the loss is not, and a saved state must be good."""
@@ -213,14 +208,11 @@ class Trainer:
     def interrupt(self, reason: str) -> Interrupted:
         """Saves the state within an epoch; returns the error that ends the run."""
         try:
-            self._close_epoch(finished=False)
-            state = self._state_within_epoch()
-            if self.run is None:
-                return Interrupted(f"stopped after step {self.step}", reason)
-            with self.run.writing():
-                save_state(self.run.path / STATE, state)
+            self.save_within_epoch()
         except MDistillerError as error:
             return Interrupted(str(error), reason)
+        if self.run is None:
+            return Interrupted(f"stopped after step {self.step}", reason)
         return Interrupted(
             f"stopped by {reason} after step {self.step}; the state is "
             f"saved. To go on: mdistiller train {self.run.path / CONFIG} --resume",
@@ -233,21 +225,19 @@ class Trainer:
         self.save_at = math.inf if minutes is None else time.monotonic() + 60 * minutes
 
     def save_within_epoch(self) -> None:
-        """Saves the state within an epoch, in which training goes on."""
+        """Saves the state within an epoch, in which training may go on."""
         self.metrics.flush(self.step, self.epoch + 1, close=False)
         self._check_finite()
         start = self.clock()
-        state = self._state_within_epoch() | {"seconds": self.seconds + start - self.epoch_start}
+        # A collective: every process takes part, with or without a run folder.
+        ranks = self.world.gather({"metrics": self.metrics.state_dict()})
+        state = self.state_dict() | {"batch": self.batch, "ranks": ranks}
+        state["seconds"] = self.seconds + start - self.epoch_start
         if self.run is not None:
             with self.run.writing():
                 save_state(self.run.path / STATE, state)
         self._plan_save()
         self.epoch_start += self.clock() - start  # writing is no training
-
-    def _state_within_epoch(self) -> Line:
-        # A collective: every process takes part, with or without a run folder.
-        ranks = self.world.gather({"metrics": self.metrics.state_dict()})
-        return self.state_dict() | {"batch": self.batch, "ranks": ranks}
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of a step (from 0)."""
