@@ -224,29 +224,28 @@ class RunConfig(Settings):
     def _find_method(cls, value: object) -> object:
         if isinstance(value, str):
             return cls.method_named(value)
-        if isinstance(value, dict):
-            name = value.get("name", "none")
-            if not isinstance(name, str):
-                raise ValueError(f"name: got {name!r}; allowed is the name of a method")
-            return cls.method_class(name).Config.model_validate(value)
-        return value
+        if not isinstance(value, Mapping):
+            return value
+        name = value.get("name", "none")
+        if not isinstance(name, str):
+            raise ValueError(f"name: got {name!r}; allowed is the name of a method")
+        return method_config(name, cls.method_class, **value)
 
     @field_validator("more_teachers", mode="before")
     @classmethod
     def _find_methods(cls, value: object) -> object:
-        if not isinstance(value, list | tuple):
-            return value
-        return tuple(cls._with_method(dict(x) if isinstance(x, ModelConfig) else x) for x in value)
+        return tuple(map(cls._with_method, value)) if isinstance(value, list | tuple) else value
 
     @classmethod
-    def _with_method(cls, values: object) -> object:
+    def _with_method(cls, teacher: object) -> object:
+        values = dict(teacher) if isinstance(teacher, ModelConfig) else teacher
         if not isinstance(values, Mapping) or (given := values.get("method")) is None:
             return values
         if isinstance(given, Mapping) and given.get("task_weight"):
             raise ValueError("method.task_weight: the task loss belongs to the run's method; allowed: 0")
         found = cls._find_method(given)
         if isinstance(found, MethodConfig):
-            if isinstance(given, Mapping):
+            if isinstance(given, Mapping):  # with the task's defaults beside them
                 fields = {name: value for name, value in given.items() if name != "name"}
                 found = cls.method_named(found.method_name).replace(**fields)
             found = found.replace(task_weight=0.0)
@@ -294,14 +293,14 @@ class RunConfig(Settings):
             return [(self, 1.0)]
         share = 1 / (1 + len(self.more_teachers))
         weights = [self.teacher_weight, *(teacher.weight for teacher in self.more_teachers)]
-        found = [self.model_copy(update={"more_teachers": ()})]
-        for teacher in self.more_teachers:
-            update = {"teacher": teacher, "method": teacher.method or self.method, "more_teachers": ()}
-            if hasattr(self, "teacher_cache_taps"):
-                update["teacher_cache_taps"] = teacher.cache_taps
-            found.append(self.model_copy(update=update))
+        found = [self.model_copy(update={"more_teachers": ()}), *map(self.with_teacher, self.more_teachers)]
         own = self.has_own_methods
         return [(part, weight if own else share) for part, weight in zip(found, weights, strict=True)]
+
+    def with_teacher(self, teacher: TeacherConfig) -> Self:
+        """Returns the config of a further teacher, with that one alone."""
+        update = {"teacher": teacher, "method": teacher.method or self.method, "more_teachers": ()}
+        return self.model_copy(update=update)
 
     @property
     def learns_from_average(self) -> bool:
@@ -383,6 +382,8 @@ class RunConfig(Settings):
                 raise ValueError(
                     "more_teachers: each needs a checkpoint, or an option for pretrained weights"
                 )
+            if teacher.cache_taps and "teacher_cache_taps" not in type(self).model_fields:
+                raise ValueError("more_teachers: cache_taps: this task caches no teacher; allowed: none")
         if not self.has_own_methods and (
             self.teacher_weight != 1 or any(teacher.weight != 1 or teacher.cache_taps for teacher in more)
         ):

@@ -677,3 +677,5 @@ def test_two_teachers_with_a_method_each(runs, data, tmp_path):
     assert first["pkd"] == pytest.approx(0.5 * single["pkd"], rel=1e-4)  # pkd has no layers
     with pytest.raises(ValueError, match=r"teacher.image_size: a detector normalises and scales its images"):
         config(data, tmp_path, **distilled(teacher), more_teachers=[{**more, "image_size": 32}])
+    with pytest.raises(ValueError, match="more_teachers: cache_taps: this task caches no teacher"):
+        config(data, tmp_path, **distilled(teacher), more_teachers=[{**more, "cache_taps": ["stage1"]}])

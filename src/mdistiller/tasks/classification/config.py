@@ -1,12 +1,12 @@
 """Configuration of a classification run."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.config import RunConfig
+from mdistiller.config import RunConfig, TeacherConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError
 from mdistiller.types import Metric
@@ -54,6 +54,9 @@ class ClassificationConfig(RunConfig):
     @property
     def blends_teachers(self) -> bool:
         return bool(self.more_teachers) and self.ensemble == "logits" and not self.has_own_methods
+
+    def with_teacher(self, teacher: TeacherConfig) -> Self:
+        return super().with_teacher(teacher).model_copy(update={"teacher_cache_taps": teacher.cache_taps})
 
     def cache_format(self, output: Tensor, *, is_logits: bool) -> str:
         """Returns the format in which an image's output is stored."""
