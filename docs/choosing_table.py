@@ -62,10 +62,7 @@ def table():
 def groups():
     """Lists the methods, with the headings of their groups, in the order of docs/methods/README.md."""
     text = (DOCS / "methods/README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.*?) \|", text.partition("\n## ")[0], re.MULTILINE)
-    found = (
-        pair for row in rows for pair in re.findall(r"\*\*(.+?)\*\*|\[`(\w+)`\]", row)
-    )
+    found = re.findall(r"\*\*(.+?)\*\*|\[`(\w+)`\]", text.partition("\n## ")[0])
     return [heading or name for heading, name in found]
 
 
