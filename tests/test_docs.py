@@ -99,7 +99,6 @@ def test_the_numbers_of_the_picture():
 # Commands
 
 NOT_PARSED = {
-    "--teacher-table": "an earlier version's flag, in commands of stored results",
     "$": "a loop of a shell",
     "my.yaml": "a file that the reader writes",
     " RUN --": "a run folder, which is not there",
