@@ -10,7 +10,7 @@ import site_pages  # noqa: E402
 
 project = "mdistiller"
 author = "mdistiller contributors"
-copyright = "mdistiller contributors, MIT licence"
+copyright = "mdistiller contributors, MIT license"
 release = site_pages.version()
 
 extensions = [
