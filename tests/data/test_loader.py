@@ -6,11 +6,10 @@ from hypothesis import given, settings, strategies as st
 
 from mdistiller.data import ImageSet, make_loader
 from mdistiller.data.dataset import Splits, StreamSet, TensorStream
-from mdistiller.data.loader import ResidentLoader, StreamLoader, evaluation_size
+from mdistiller.data.loader import PlainBatches, ResidentLoader, StreamLoader, evaluation_size
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.seeding import derive_seed
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.deployment import evaluation_batches
 from mdistiller.tasks.classification.evaluate import training_images
 
 # Python 3.12 and later say so whenever a process with threads (torch's) forks a DataLoader's workers.
@@ -205,7 +204,7 @@ def test_an_evaluation_batch_has_a_number_of_pixels(side, size, wanted):
     about = {"classes": ("a", "b"), "mean": triple, "std": triple, "image_size": side}
     splits = Splits(train=images, test=images, description="zeros", **about)
     config = ClassificationConfig(student="resnet8", eval_batch_size=size)
-    assert evaluation_batches(config, splits, torch.device("cpu"))[1].batch_size == wanted
+    assert PlainBatches(splits.test, splits, size, device="cpu").loader.batch_size == wanted
     assert next(iter(training_images(config, splits))).image.shape[0] == wanted
 
 

@@ -20,8 +20,9 @@ from small_runs import photo, run_card
 from torch import nn
 
 import mdistiller
-from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
 from mdistiller.data.decoder import read_image
+from mdistiller.data.loader import PlainBatches
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.predict import FILES, load_export
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
@@ -324,10 +325,9 @@ def means(exported, paths, labels):
 
 def evaluated(run, data, classes):
     splits = load_data(data)
-    prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).eval()
     model = build_model(ModelConfig(name="resnet8", checkpoint=run), classes)
-    loader = make_loader(splits.test, 16, device="cpu", shuffle=False, workers=0)
-    figures = evaluate(model, loader.epoch(0), prepare, World(torch.device("cpu")))
+    batches = PlainBatches(splits.test, splits, 16, device="cpu", workers=0)
+    figures = evaluate(model, batches, World(torch.device("cpu")))
     return figures["top1"], figures["loss"], splits
 
 

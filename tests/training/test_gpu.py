@@ -6,8 +6,9 @@ from small_runs import ask_teacher, make_trainer, open_teacher, step_on
 
 import mdistiller
 from mdistiller.config import OptimConfig
-from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.data.draws import Draws
+from mdistiller.data.loader import PlainBatches
 from mdistiller.data.policy import Policy
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig
 from mdistiller.models import ModelConfig
@@ -117,9 +118,8 @@ def test_evaluation_equals_the_cpu_s():
     metrics = []
     for device in ("cpu", "cuda"):
         here = World(torch.device(device))
-        prepare = Augment(AugmentConfig(), splits.mean, splits.std, 10).to(device).eval()
-        loader = make_loader(splits.test, 100, device=device, shuffle=False)
-        metrics.append(evaluate(model.to(device), loader.epoch(0), prepare, here))
+        batches = PlainBatches(splits.test, splits, 100, device=device)
+        metrics.append(evaluate(model.to(device), batches, here))
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-3)
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Generic, Literal, NamedTuple, Required, TypedDict, TypeVar, Unpack
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from mdistiller.data.augment import Augment
+from mdistiller.data.config import AugmentConfig
 from mdistiller.data.cores import Workers, count_workers
-from mdistiller.data.dataset import ImageSet, StreamSet
+from mdistiller.data.dataset import ImageSet, Splits, StreamSet
 from mdistiller.data.labels import balanced_order, earlier_turns
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.seeding import derive_seed
@@ -288,3 +291,36 @@ def make_loader(
     if isinstance(images, ImageSet):
         return ResidentLoader(images, batch_size, **order)
     return StreamLoader(images, batch_size, workers=workers, **order)
+
+
+class PlainBatches:
+    """Batches of a set in its order, without random changes: normalised images, the same in each iteration.
+
+    Args:
+        images: the set.
+        splits: the data, whose mean and standard deviation the images get.
+        batch_size: see `evaluation_size`.
+        memory_format: that of the images.
+        workers: as `make_loader`, and so is `order`.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet | StreamSet,
+        splits: Splits,
+        batch_size: int | None,
+        *,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        workers: Workers = "auto",
+        **order: Unpack[Order],
+    ) -> None:
+        if isinstance(images, StreamSet):
+            images = replace(images, random_crop=False)
+        size = evaluation_size(batch_size, splits.image_size)
+        order["shuffle"] = False
+        self.loader = make_loader(images, size, workers=workers, **order)
+        augment = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes, memory_format)
+        self.augment = augment.to(self.loader.device).eval()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.augment, self.loader.epoch(0))

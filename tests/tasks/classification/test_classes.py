@@ -112,7 +112,7 @@ def test_metrics_as_scikit_learn(seed):
     logits = rng.normal(size=(61, CLASSES)) + 1.5 * np.eye(CLASSES)[label]
     image, target = torch.tensor(logits, dtype=torch.float32)[:, :, None, None], torch.tensor(label)
     batches = [Batch(image[i : i + 7], target[i : i + 7], target[i : i + 7]) for i in range(0, 61, 7)]
-    found = evaluate(Known(), batches, lambda batch: batch, CPU)
+    found = evaluate(Known(), batches, CPU)
     predicted, present = logits.argmax(1), np.unique(label)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a predicted class without an image
@@ -120,8 +120,8 @@ def test_metrics_as_scikit_learn(seed):
     macro = f1_score(label, predicted, labels=present, average="macro", zero_division=0)
     assert found["macro_f1"] == pytest.approx(100 * macro)
     recall = recall_score(label, predicted, labels=present, average=None)
-    assert np.array(found["class_accuracy"])[present] == pytest.approx(100 * recall)
-    assert np.isnan(found["class_accuracy"][2])
+    assert np.array(found["by_class"])[present] == pytest.approx(100 * recall)
+    assert np.isnan(found["by_class"][2])
     assert found["top1"] == pytest.approx(100 * (predicted == label).mean())
 
 
@@ -130,8 +130,8 @@ def test_a_process_without_a_batch_has_zeros():
         def sum(self, tensor):
             return tensor + torch.tensor([1, 2, 3.0, 2, 1, 0, 1, 1, 0, 2], dtype=torch.float64)
 
-    found = evaluate(Known(), [], lambda batch: batch, Other(torch.device("cpu")), num_classes=2)
-    assert found["class_accuracy"] == [100, 0]
+    found = evaluate(Known(), [], Other(torch.device("cpu")), num_classes=2)
+    assert found["by_class"] == [100, 0]
     assert found["macro_f1"] == pytest.approx((0 + 0) / 2 + 100 * 2 * 1 / (1 + 0) / 2)
 
 

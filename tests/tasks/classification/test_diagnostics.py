@@ -1,5 +1,7 @@
 """What an evaluation says of student and teacher, against numpy and scikit-learn."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from sklearn.metrics import accuracy_score
 
 import mdistiller
 from mdistiller.config import SELF
-from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
+from mdistiller.data import AugmentConfig, DataConfig, load_data
+from mdistiller.data.loader import PlainBatches
 from mdistiller.methods import DKDConfig
 from mdistiller.models import ModelConfig
 from mdistiller.runs.folder import read_metrics
@@ -32,8 +35,7 @@ def evaluator(teacher, **changes):
         **changes,
     )
     splits = load_data(config.data)
-    augment = Augment(config.augment, splits.mean, splits.std, splits.num_classes)
-    return ClassificationEvaluator(config, splits, augment, teacher, CPU), splits
+    return ClassificationEvaluator(config, splits, evaluate, teacher, CPU), splits
 
 
 def model(seed, name="resnet8"):
@@ -124,8 +126,9 @@ def test_without_a_teacher_there_are_the_student_s_alone():
 def test_at_most_a_thousand_training_images_from_all_over():
     config = DataConfig(kind="synthetic", synthetic_samples=2500, synthetic_classes=4, image_size=8)
     splits = load_data(config)
-    many = Diagnostics(None, splits, 100, evaluate, CPU)
-    labels = torch.cat([batch.label for batch in many.train_loader.epoch(0)])
+    plain = partial(PlainBatches, splits=splits, batch_size=100, device="cpu")
+    many = Diagnostics(None, splits, plain, evaluate, CPU)
+    labels = torch.cat([batch.label for batch in many.train])
     expected = splits.train.labels[torch.linspace(0, 2499, 1000).long()]
     assert torch.equal(labels, expected)
 

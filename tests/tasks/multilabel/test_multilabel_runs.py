@@ -24,8 +24,9 @@ from mdistiller.recipes import get_recipe, list_recipes
 from mdistiller.report import write_report
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.multilabel import evaluate as evaluation
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
-from mdistiller.tasks.multilabel.evaluate import average_precision, collect, metrics_of
+from mdistiller.tasks.multilabel.evaluate import average_precision, evaluate, metrics_of
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 from mdistiller.types import Batch, Outputs
@@ -73,8 +74,8 @@ def test_metrics_as_scikit_learn(seed, unknown):
         z, y = z[y != -100], y[y != -100]
         precisions.append(100 * average_precision_score(y, z))
         scores.append(100 * f1_score(y, z > 0))
-    assert found["class_ap"][:4] == pytest.approx(precisions)
-    assert np.isnan(found["class_ap"][4])
+    assert found["by_class"][:4] == pytest.approx(precisions)
+    assert np.isnan(found["by_class"][4])
     assert found["mAP"] == pytest.approx(np.mean(precisions))
     assert found["macro_f1"] == pytest.approx(np.mean(scores))
 
@@ -92,17 +93,18 @@ def test_scores_that_are_not_finite_have_no_precision(bad):
         metrics_of(logits, labels)
 
 
-def test_processes_collect_all_images():
+def test_processes_collect_all_images(monkeypatch):
     class Two(World):
         def gather(self, value):
-            return [value, [], [x + 1 for x in value]]
+            return [value, [[], []], [[x + 1 for x in part] for part in value]]
 
     class Known(torch.nn.Module):
         def forward(self, image):
             return image
 
     batches = [Batch(torch.full((2, 3), float(i)), torch.zeros(2, 3), None) for i in range(2)]
-    logits, labels = collect(Known(), batches, lambda batch: batch, Two(torch.device("cpu")))
+    monkeypatch.setattr(evaluation, "metrics_of", lambda *pair: pair)
+    logits, labels = evaluate(Known(), batches, Two(torch.device("cpu")))
     assert logits[:, 0].tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
     assert labels[:, 0].tolist() == [0] * 4 + [1] * 4
 

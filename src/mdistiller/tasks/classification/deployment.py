@@ -1,7 +1,6 @@
 """Exported classifiers: graphs from images to logits, and the likeliest classes of images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +10,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.data import Augment, AugmentConfig, Splits, load_data, make_loader
-from mdistiller.data.dataset import StreamSet, Triple, resize_images
+from mdistiller.data import Augment, AugmentConfig, Splits, load_data
+from mdistiller.data.dataset import Triple, resize_images
 from mdistiller.data.decoder import centre_crop
-from mdistiller.data.loader import ResidentLoader, StreamLoader, evaluation_size
+from mdistiller.data.loader import PlainBatches
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.evaluate import evaluate
+from mdistiller.tasks.classification.evaluate import Measure, evaluate
 from mdistiller.training.deployment import (
     Deployment,
     Format,
@@ -57,6 +56,7 @@ class ClassifierDeployment(Deployment):
     hub_task = "image-classification"
     read: Callable[[object], Tensor] = staticmethod(logits_of)
     """The output in a model's result."""
+    measure: Measure = staticmethod(evaluate)
     show_code = "print(classes[logits[0].argmax()])"
     """Python that prints a prediction from the output of a batch of one."""
 
@@ -145,7 +145,9 @@ image = image.crop((left, top, left + {size}, top + {size}))
     def evaluate(
         self, models: Sequence[Model], config: RunConfig, data: Splits, device: torch.device
     ) -> list[Line]:
-        prepare, loader = evaluation_batches(config, data, device)
+        assert isinstance(config, ClassificationConfig)
+        size, workers = config.eval_batch_size, config.data.workers
+        batches = PlainBatches(data.test, data, size, workers=workers, device=device)
         found: list[Line] = []
         first = torch.empty(0)
         for model in models:
@@ -154,11 +156,12 @@ image = image.crop((left, top, left + {size}, top + {size}))
             def watch(i: int, logits: Tensor, label: Tensor, classes: list[Tensor] = classes) -> None:
                 classes.append(logits.argmax(1))
 
-            metrics = evaluate(ModuleOf(model), loader.epoch(0), prepare, World(device), watch=watch)
-            del metrics["class_accuracy"]
+            metrics = self.measure(ModuleOf(model), batches, World(device), watch=watch)
+            del metrics["by_class"]
             predicted = torch.cat(classes)
             first = predicted if not found else first
-            agreement = 100 * (predicted == first).double().mean().item()
+            same = 100 * (predicted == first).double().mean().item()
+            agreement = None if data.multi_label else same
             found.append({**metrics, "agreement": agreement, "images": len(predicted)})
         return found
 
@@ -168,23 +171,8 @@ image = image.crop((left, top, left + {size}, top + {size}))
         splits = load_data(
             data.replace(train_limit=min(count, data.train_limit or count), label_noise=0.0, unlabelled=None)
         )
-        images = splits.train
-        if isinstance(images, StreamSet):
-            images = replace(images, random_crop=False)
-        prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).eval()
-        loader = make_loader(images, count, workers=data.workers, device="cpu", shuffle=False)
-        return torch.cat([prepare(raw).image for raw in loader.epoch(0)]).contiguous()
-
-
-def evaluation_batches(
-    config: RunConfig, data: Splits, device: torch.device
-) -> tuple[Augment, ResidentLoader | StreamLoader]:
-    """Returns the preparation of raw test images, and their loader."""
-    assert isinstance(config, ClassificationConfig)
-    prepare = Augment(AugmentConfig(), data.mean, data.std, data.num_classes).to(device).eval()
-    size = evaluation_size(config.eval_batch_size, data.image_size)
-    loader = make_loader(data.test, size, workers=config.data.workers, device=device, shuffle=False)
-    return prepare, loader
+        batches = PlainBatches(splits.train, splits, count, workers=data.workers, device="cpu")
+        return torch.cat([batch.image for batch in batches])
 
 
 def _form(fields: ModelInput) -> tuple[int, Triple, Triple]:

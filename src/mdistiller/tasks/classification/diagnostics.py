@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from mdistiller.data import ImageSet, Splits, make_loader
+from mdistiller.data import ImageSet, Splits
 from mdistiller.data.encoded import EncodedSet, decode
-from mdistiller.data.loader import Order
+from mdistiller.data.loader import PlainBatches
 from mdistiller.methods.dkd import dkd_samples, logit_gap
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import sum_dtype
@@ -31,21 +31,22 @@ class Diagnostics:
     Args:
         teacher: the teacher; None where there is none or it changes.
         splits: the data. Training images are used unless they are a registered stream.
-        evaluate: runs a model on raw batches, and calls its argument `watch` for each of them.
+        plain: returns the batches of a set of images, as `PlainBatches`.
+        evaluate: runs a model on batches, and calls its argument `watch` for each of them.
     """
 
     def __init__(
         self,
         teacher: nn.Module | None,
         splits: Splits,
-        batch_size: int,
+        plain: Callable[..., PlainBatches],
         evaluate: Callable[..., Line],
         world: World,
     ) -> None:
         self.teacher, self.evaluate, self.world = teacher, evaluate, world
         self.known: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Tensor] = {}
-        self.train_loader = None
+        self.train: PlainBatches | None = None
         if isinstance(splits.train, ImageSet | EncodedSet) and (splits.train.labels != IGNORED).any():
             known = (splits.train.labels != IGNORED).nonzero()[:, 0]
             count = min(TRAIN_IMAGES, len(known))
@@ -53,19 +54,16 @@ class Diagnostics:
             images = splits.train.select(known[torch.linspace(0, len(known) - 1, count).long()])
             if isinstance(images, EncodedSet):
                 images = decode(replace(images, random_crop=False), workers=2)
-            order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
-            self.train_loader = make_loader(images, batch_size, **order)
+            self.train = plain(images)
 
-    def watch(self, name: str, batches: Callable[[], Iterable[Batch]]) -> Watch:
+    def watch(self, name: str, batches: Iterable[Batch]) -> Watch:
         """Returns a function for `evaluate` that adds up the student's diagnostics on the images of a name.
 
-        `batches` returns the raw batches that `evaluate` gets, for the teacher.
+        `batches` are those that `evaluate` gets, for the teacher.
         """
         if self.teacher is not None and name not in self.known:
             known = self.known[name] = []
-            found = self.evaluate(
-                self.teacher, batches(), watch=lambda i, logits, label: known.append(logits)
-            )
+            found = self.evaluate(self.teacher, batches, watch=lambda i, logits, label: known.append(logits))
             if name == "test":
                 self._check_teacher(found["top1"], known)
         self.sums[name] = torch.zeros((), device=self.world.device)
@@ -95,9 +93,8 @@ class Diagnostics:
         gap, its logit minus the best other one; top1 in %; ece, the expected calibration error in %, over 15
         bins.
         """
-        loader = self.train_loader
-        if loader is not None:
-            self.evaluate(student, loader.epoch(0), watch=self.watch("train", lambda: loader.epoch(0)))
+        if self.train is not None:
+            self.evaluate(student, self.train, watch=self.watch("train", self.train))
         found = {name: _metrics(self.world.sum(sums).tolist()) for name, sums in self.sums.items()}
         self.sums = {}
         return found

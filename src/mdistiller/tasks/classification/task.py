@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mdistiller.checks import without_logits
 from mdistiller.config import RunConfig
-from mdistiller.data import Augment, AugmentConfig, Splits, load_data
+from mdistiller.data import Splits, load_data
 from mdistiller.data.identity import identify
 from mdistiller.data.labels import balanced_weights
 from mdistiller.distiller import Distiller
@@ -27,7 +27,12 @@ from mdistiller.taps import logits_if_any, probe
 from mdistiller.tasks.classification import listing, models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
-from mdistiller.tasks.classification.evaluate import ClassificationEvaluator, training_images
+from mdistiller.tasks.classification.evaluate import (
+    ClassificationEvaluator,
+    Measure,
+    evaluate,
+    training_images,
+)
 from mdistiller.training.batches import BatchSource, ImageBatches
 from mdistiller.training.deployment import Deployment
 from mdistiller.training.distributed import World, pick_device
@@ -47,6 +52,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
     notes = listing.NOTES
     Config: ClassVar[type[RunConfig]] = ClassificationConfig
     metadata_keys: ClassVar[tuple[str, ...]] = ("model", "options", "classes", "image_size", "mean", "std")
+    measure: ClassVar[Measure] = staticmethod(evaluate)
 
     def check(self, config: ClassificationConfig) -> None:
         if config.class_weights == "balanced" == config.data.sampler:
@@ -224,11 +230,10 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         teacher: nn.Module | None,
         world: World,
     ) -> Evaluator:
-        assert isinstance(source, ImageBatches)
         given = [*teacher] if isinstance(teacher, nn.ModuleList) else [teacher]
         found = [one for one in given if one is not None and models.has_logits(one, data)]
         teacher = models.Ensemble(found) if len(found) > 1 else next(iter(found), None)
-        return ClassificationEvaluator(config, data, source.augment, teacher, world)
+        return ClassificationEvaluator(config, data, self.measure, teacher, world)
 
     def evaluate(
         self, config: ClassificationConfig, model: ModelConfig, world: World, predictions: Path | None = None
@@ -249,16 +254,15 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
                 f"{model.checkpoint} was trained at {size} pixels and is evaluated at {splits.image_size}",
                 stacklevel=1,
             )
-        augment = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(world.device)
-        evaluator = self.test_evaluator(config, splits, augment, world)
+        evaluator = ClassificationEvaluator(
+            config.replace(diagnostics=False),
+            splits,
+            self.measure,
+            None,
+            world,
+            classes_shown=splits.num_classes,
+        )
         return {**evaluator(network, False), "images": len(splits.test)}
-
-    def test_evaluator(
-        self, config: ClassificationConfig, data: Splits, augment: Augment, world: World
-    ) -> Evaluator:
-        """Builds the function that computes the metrics of a stored model, as `make_evaluator`."""
-        config = config.replace(diagnostics=False)
-        return ClassificationEvaluator(config, data, augment, None, world, classes_shown=data.num_classes)
 
     def format_metrics(self, metrics: Line) -> list[str]:
         lowest = sorted(metrics["classes"].items(), key=lambda item: item[1])[:LOWEST]

@@ -1,6 +1,6 @@
 """Embeddings of held-out images against the teacher's, and of labeled images against their labels."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,18 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.data import (
-    Augment,
-    AugmentConfig,
-    DataConfig,
-    ImageSet,
-    Splits,
-    StreamSet,
-    load_data,
-    make_loader,
-)
+from mdistiller.data import DataConfig, Splits, load_data
 from mdistiller.data.layout import TRAIN, subfolder
-from mdistiller.data.loader import evaluation_size
+from mdistiller.data.loader import PlainBatches
 from mdistiller.errors import ConfigError, DataError, TapError
 from mdistiller.methods import Method
 from mdistiller.taps import Taps
@@ -139,14 +130,17 @@ class EmbedEvaluator:
         self.config, self.world = config, world
         weights = [weight for _, weight in config.by_teacher()]
         self.pairs = [(*pair, weight) for pair, weight in zip(pairs, weights, strict=True)]
-        self.augment = Augment(AugmentConfig(), data.mean, data.std, 0).to(world.device).eval()
-        self.batch = evaluation_size(config.eval_batch_size, data.image_size)
-        self.test, self.probe = data.test, load_probe(config, data, world.device)
-
-    def _load(self, images: ImageSet | StreamSet) -> Iterable[Batch]:
-        config, device = self.config, self.world.device
-        loader = make_loader(images, self.batch, workers=config.data.workers, device=device, shuffle=False)
-        return map(self.augment, loader.epoch(0))
+        plain = partial(
+            PlainBatches,
+            splits=data,
+            batch_size=config.eval_batch_size,
+            memory_format=memory_format(config.layout),
+            workers=config.data.workers,
+            device=world.device,
+        )
+        self.test, probe = plain(data.test), load_probe(config, data, world.device)
+        self.probe = () if probe is None else (plain(probe.train), plain(probe.test))
+        self.classes = 0 if probe is None else probe.num_classes
 
     def __call__(self, model: nn.Module, is_student: bool) -> Line:
         """Computes the metrics of a model; it and the teacher run in evaluation mode."""
@@ -158,7 +152,7 @@ class EmbedEvaluator:
         modules = [model, *(part for method, teacher, _ in self.pairs for part in (method, teacher))]
         try:
             with torch.no_grad(), EvalMode([part for module in modules for part in module.modules()]):
-                for batch in self._load(self.test):
+                for batch in self.test:
                     student = self._run(taps, batch)
                     ours.append(student.logits)
                     for teacher, (method, _, weight), found in zip(teachers, self.pairs, theirs, strict=True):
@@ -170,8 +164,8 @@ class EmbedEvaluator:
                 common = [agreement(torch.cat(ours), torch.cat(found)) for found in theirs]
                 metrics = {"agreement": sum(common) / len(common)}
                 metrics["loss"] = loss / sum(map(len, ours))
-                if self.probe is not None:
-                    metrics |= self._measure(lambda batch: self._run(taps, batch).logits, self.probe)
+                if self.probe:
+                    metrics |= self._measure(taps)
         finally:
             for part in (taps, *teachers):
                 part.remove()
@@ -182,13 +176,12 @@ class EmbedEvaluator:
 
     def _run(self, taps: Taps, batch: Batch) -> Outputs:
         with self._autocast():
-            return taps(batch.image.contiguous(memory_format=memory_format(self.config.layout)))
+            return taps(batch.image)
 
-    def _measure(self, embed: Callable[[Batch], Tensor], probe: Splits) -> Line:
-        found: list[tuple[Tensor, Tensor]] = []
-        for images in (probe.train, probe.test):
-            batches = [(embed(batch), batch.label) for batch in self._load(images)]
-            x, labels = map(torch.cat, zip(*batches, strict=True))
-            found.append((x, labels))
-        values = *found[0], *found[1], probe.num_classes
+    def _measure(self, taps: Taps) -> Line:
+        values: list[Any] = []
+        for batches in self.probe:
+            found = [(self._run(taps, batch).logits, batch.label) for batch in batches]
+            values += map(torch.cat, zip(*found, strict=True))
+        values.append(self.classes)
         return {"knn": knn_accuracy(*values), "linear": linear_accuracy(*values)}

@@ -1,28 +1,20 @@
 """Classification of images with several classes each, as a task."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.data import Augment, Splits
+from mdistiller.data import Splits
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, binary_cross_entropy
 from mdistiller.methods import Method, get_method
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.deployment import (
-    ClassifierDeployment,
-    evaluation_batches,
-)
+from mdistiller.tasks.classification.deployment import ClassifierDeployment
 from mdistiller.tasks.classification.task import LOWEST, ClassificationTask
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
-from mdistiller.tasks.multilabel.evaluate import MultiLabelEvaluator, collect, metrics_of
-from mdistiller.training.batches import BatchSource, ImageBatches
-from mdistiller.training.deployment import Deployment, Model, ModelInput, ModuleOf
-from mdistiller.training.distributed import World
-from mdistiller.training.trainer import Evaluator
+from mdistiller.tasks.multilabel.evaluate import evaluate
+from mdistiller.training.deployment import Deployment, ModelInput
 from mdistiller.types import IGNORED, Batch, Line
 
 
@@ -31,6 +23,7 @@ class MultiLabelTask(ClassificationTask):
 
     name = "multilabel"
     Config: ClassVar[type[RunConfig]] = MultiLabelConfig
+    measure = staticmethod(evaluate)
 
     def list_methods(self) -> list[Line]:
         return [row for row in super().list_methods() if not get_method(row["name"]).needs.one_class]
@@ -56,24 +49,6 @@ class MultiLabelTask(ClassificationTask):
     def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def make_evaluator(
-        self,
-        config: ClassificationConfig,
-        data: Splits,
-        source: BatchSource[Batch],
-        teacher: nn.Module | None,
-        world: World,
-    ) -> Evaluator:
-        assert isinstance(source, ImageBatches)
-        assert isinstance(config, MultiLabelConfig)
-        return MultiLabelEvaluator(config, data, source.augment, world)
-
-    def test_evaluator(
-        self, config: ClassificationConfig, data: Splits, augment: Augment, world: World
-    ) -> Evaluator:
-        assert isinstance(config, MultiLabelConfig)
-        return MultiLabelEvaluator(config, data, augment, world, classes_shown=data.num_classes)
-
     def format_metrics(self, metrics: Line) -> list[str]:
         lowest = sorted(metrics["classes"].items(), key=lambda item: item[1])[:LOWEST]
         return [
@@ -89,6 +64,7 @@ class MultiLabelTask(ClassificationTask):
 class MultiLabelDeployment(ClassifierDeployment):
     """Graphs from images to logits [B, classes], whose sigmoid is the probability of each class."""
 
+    measure = staticmethod(evaluate)
     show_code = "print([name for name, logit in zip(classes, logits[0]) if logit > 0])"
 
     def describe(self, fields: ModelInput) -> dict[str, str]:
@@ -98,14 +74,3 @@ class MultiLabelDeployment(ClassifierDeployment):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
-
-    def evaluate(
-        self, models: Sequence[Model], config: RunConfig, data: Splits, device: torch.device
-    ) -> list[Line]:
-        prepare, loader = evaluation_batches(config, data, device)
-        found = []
-        for model in models:
-            metrics = metrics_of(*collect(ModuleOf(model), loader.epoch(0), prepare, World(device)))
-            del metrics["class_ap"]
-            found.append({**metrics, "agreement": None, "images": len(data.test)})
-        return found
