@@ -29,8 +29,7 @@ from mdistiller.cli.flags import Positional
 from mdistiller.data import DataConfig
 from mdistiller.data.cores import count_workers
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
-from mdistiller.data.encoded import make_splits
-from mdistiller.data.folder import FileSet
+from mdistiller.data.encoded import EncodedSet, make_splits
 from mdistiller.data.layout import TRAIN, subfolder
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models import ModelConfig
@@ -147,7 +146,7 @@ def find_files(root: Path, limit: int | None) -> Files:
 
 
 def _ours(files: Files, feed: Feed) -> Callable[[], Iterable[Any]]:
-    images = FileSet(
+    images = EncodedSet(
         samples=np.array([Path(path) for path, _ in files.samples], dtype=object),
         labels=torch.tensor([label for _, label in files.samples]),
         image_size=feed.image_size,

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from mdistiller.data import DataConfig, ImageSet, load_data, make_loader, memory
-from mdistiller.data.folder import FileSet
+from mdistiller.data.encoded import EncodedSet
 from mdistiller.data.memory import free_host_memory, free_memory
 from mdistiller.errors import DataError
 
@@ -109,8 +109,8 @@ DECODED = 4 * 8 * 8 * 3
 @pytest.mark.parametrize(
     ("limit", "modes"),
     [
-        (DECODED, (FileSet, ImageSet)),
-        (DECODED - 1, (FileSet, FileSet)),
+        (DECODED, (EncodedSet, ImageSet)),
+        (DECODED - 1, (EncodedSet, EncodedSet)),
     ],
 )
 def test_memory_decides_between_modes_of_equal_bits(root, limit, modes):
@@ -128,7 +128,7 @@ def test_resident_images_look_at_the_device(root, monkeypatch):
     monkeypatch.setattr("mdistiller.data.load.free_memory", lambda device=None: free[device])
     assert isinstance(load_data(config(root), GPU).test, ImageSet)
     free[GPU] -= 2
-    assert isinstance(load_data(config(root), GPU).test, FileSet)
+    assert isinstance(load_data(config(root), GPU).test, EncodedSet)
     assert isinstance(load_data(config(root), CPU).test, ImageSet)
 
 

@@ -5,12 +5,11 @@ random crop is taken from the whole image before it is scaled, as usual for Imag
 """
 
 import warnings
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal, Self, TypedDict
+from typing import BinaryIO, Literal, Protocol, Self, TypedDict
 
 import numpy as np
 import torch
@@ -20,10 +19,20 @@ from torch import Tensor
 from mdistiller.data.config import DataConfig
 from mdistiller.data.cores import Workers, count_workers
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
-from mdistiller.data.decoder import read_pixels, to_square
+from mdistiller.data.decoder import plain, read_pixels, to_square
 from mdistiller.errors import ConfigError, DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class Row(Protocol):
+    """Encoded image in a row of a table; its text is the row's name, for messages."""
+
+    def file(self) -> Path | BinaryIO:
+        """Returns the encoded image."""
+
+    def length(self) -> int:
+        """Returns its size in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +43,24 @@ class EncodedSet(StreamSet):
     `crop_scale` of the area of the whole image is scaled instead.
     """
 
-    samples: np.ndarray  # origin of each image, [N]
+    samples: np.ndarray  # the Path or Row of each image, objects [N]
     image_size: int  # side of the square result in pixels
     resize: int
 
-    @abstractmethod
     def name(self, index: int) -> str:
         """Returns the name of the image's file, or its row, for messages."""
+        return str(self.samples[index])
 
-    @abstractmethod
     def file(self, index: int) -> Path | BinaryIO:
         """Returns the encoded image."""
+        sample: Path | Row = self.samples[index]
+        file = sample if isinstance(sample, Path) else sample.file()
+        return plain(file) if isinstance(file, Path) else file
 
-    @abstractmethod
     def length(self, index: int) -> int:
         """Returns the size of the encoded image in bytes."""
+        sample: Path | Row = self.samples[index]
+        return sample.stat().st_size if isinstance(sample, Path) else sample.length()
 
     def select(self, indices: Tensor) -> Self:
         return replace(self, labels=self.labels[indices], samples=self.samples[indices.numpy()])
@@ -69,40 +81,6 @@ class EncodedSet(StreamSet):
         pixels = read_pixels(content, name)
         crop_scale = self.crop_scale if self.random_crop else None
         return to_square(pixels, self.resize, self.image_size, crop_scale, seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class JoinedSet(EncodedSet):
-    """Images of two sets; `samples` are the set and the position in it of each, [N, 2]."""
-
-    parts: tuple[EncodedSet, EncodedSet]
-
-    def _place(self, index: int) -> tuple[EncodedSet, int]:
-        part, position = self.samples[index]
-        return self.parts[part], int(position)
-
-    def name(self, index: int) -> str:
-        images, position = self._place(index)
-        return images.name(position)
-
-    def file(self, index: int) -> Path | BinaryIO:
-        images, position = self._place(index)
-        return images.file(position)
-
-    def length(self, index: int) -> int:
-        images, position = self._place(index)
-        return images.length(position)
-
-
-def join(first: EncodedSet, second: EncodedSet) -> JoinedSet:
-    """Joins two sets of images, which are read as those of the first."""
-    samples = np.array([(part, i) for part, images in enumerate((first, second)) for i in range(len(images))])
-    return JoinedSet(
-        parts=(first, second),
-        samples=samples,
-        labels=torch.cat([first.labels, second.labels]),
-        **{f.name: getattr(first, f.name) for f in fields(EncodedSet) if f.name not in ("samples", "labels")},
-    )
 
 
 def sample(images: Sized) -> list[int]:

@@ -4,7 +4,6 @@ import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.decoder import plain
 from mdistiller.data.encoded import (
     IMAGE_SUFFIXES,
     EncodedSet,
@@ -46,20 +44,6 @@ _TINY_LAYOUT = (
     "expected ROOT[/tiny-imagenet-200]/train/WNID/images/*.JPEG and val/images/*.JPEG with "
     "val/val_annotations.txt, or val/WNID/*.JPEG"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileSet(EncodedSet):
-    """Image files; `samples` are their paths."""
-
-    def name(self, index: int) -> str:
-        return str(self.samples[index])
-
-    def file(self, index: int) -> Path:
-        return plain(self.samples[index])
-
-    def length(self, index: int) -> int:
-        return self.samples[index].stat().st_size
 
 
 @register_dataset("folder")
@@ -128,10 +112,10 @@ def _load_images(config: DataConfig, options: ReadOptions) -> Splits:
         test_from = evaluation_split(config, splits[1], splits[2])
     train_from = splits[0] if test_from is not None else None
 
-    def read(source: Path | None) -> FileSet:
+    def read(source: Path | None) -> EncodedSet:
         files = [] if source is None else read_paths(source, config.on_error) if is_list(source) else None
         samples = np.array(list(images_below(source)) if files is None and source else files, dtype=object)
-        return FileSet(samples=samples, labels=torch.full((len(samples),), IGNORED), **options)
+        return EncodedSet(samples=samples, labels=torch.full((len(samples),), IGNORED), **options)
 
     train = read(train_from or root)
     if not len(train):
@@ -155,20 +139,20 @@ def _load_multi_label(
     unlabelled = [] if folder is None else list(images_below(folder))
     unknown = torch.full((len(unlabelled), len(classes)), float(IGNORED))
     samples = np.array(files + unlabelled, dtype=object)
-    train = FileSet(samples=samples, labels=torch.cat([labels, unknown]), **options)
+    train = EncodedSet(samples=samples, labels=torch.cat([labels, unknown]), **options)
     test = train.select(torch.arange(0))
     if test_from is not None:
         files, _, labels = read_multi_label_list(test_from, config.on_error, classes)
-        test = FileSet(samples=np.array(files, dtype=object), labels=labels, **options)
+        test = EncodedSet(samples=np.array(files, dtype=object), labels=labels, **options)
     return make_splits(train, test, classes, f"images in {config.root}")
 
 
 def _file_set(
     classes: tuple[str, ...], files: dict[str, list[Path]], unlabelled: list[Path], options: ReadOptions
-) -> FileSet:
+) -> EncodedSet:
     samples = [path for name in classes for path in files.get(name, ())] + unlabelled
     labels = [i for i, name in enumerate(classes) for _ in files.get(name, ())] + [IGNORED] * len(unlabelled)
-    return FileSet(
+    return EncodedSet(
         samples=np.array(samples, dtype=object), labels=torch.tensor(labels, dtype=torch.int64), **options
     )
 

@@ -25,27 +25,28 @@ if TYPE_CHECKING:
 _LABELS = (*LABEL_COLUMNS, "labels", "cls")  # the last one in WebDataset's shards
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowSet(EncodedSet):
-    """Images in the rows of a `datasets.Dataset`; `samples` are the row and the bytes of each, [N, 2]."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Image in a row of a `datasets.Dataset`."""
 
     rows: "Dataset"  # with the column of images alone, whose items are {"bytes": …, "path": …}
     column: str
     origin: Path  # of the split, for messages
+    index: int
+    size: int | None  # of the encoded image in bytes; None: it is a file of its own
 
-    def name(self, index: int) -> str:
-        return str(self.origin / f"row {self.samples[index, 0]}")
+    def __str__(self) -> str:
+        return str(self.origin / f"row {self.index}")
 
-    def file(self, index: int) -> Path | BinaryIO:
-        image = self.rows[int(self.samples[index, 0])][self.column]
+    def file(self) -> Path | BinaryIO:
+        image = self.rows[self.index][self.column]
         return Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
 
-    def length(self, index: int) -> int:
-        size = int(self.samples[index, 1])
+    def length(self) -> int:
         return (
-            size
-            if size >= 0
-            else Path(self.rows[int(self.samples[index, 0])][self.column]["path"]).stat().st_size
+            Path(self.rows[self.index][self.column]["path"]).stat().st_size
+            if self.size is None
+            else self.size
         )
 
 
@@ -77,7 +78,7 @@ def load_hf(config: DataConfig) -> Splits:
         classes, class_ids = _classes(config, train, label)
     options = read_options(config, 224)
 
-    def rows_of(rows: "Dataset", split: str) -> RowSet:
+    def rows_of(rows: "Dataset", split: str) -> EncodedSet:
         if missing := {image, *([label] if label else [])} - set(rows.column_names):
             raise DataError(f"{config.root}: split {split} has no column {missing.pop()!r}")
         labels = class_ids(rows[label], split) if label else torch.full((len(rows),), IGNORED)
@@ -89,7 +90,7 @@ def load_hf(config: DataConfig) -> Splits:
 
 
 def read_column(root: Path, column: str) -> dict[str, object]:
-    """Reads logits in a column of the training split, with the names that a `RowSet` has for its rows.
+    """Reads logits in a column of the training split, with the names of its rows.
 
     Raises:
         MissingPackageError, DataError: as `load_hf`.
@@ -185,17 +186,14 @@ def _classes(
     return names, class_ids
 
 
-def _row_set(rows: "Dataset", column: str, labels: Tensor, origin: Path, options: ReadOptions) -> RowSet:
+def _row_set(rows: "Dataset", column: str, labels: Tensor, origin: Path, options: ReadOptions) -> EncodedSet:
     import datasets
     import pyarrow.compute as pc
 
     images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    sizes = []
+    samples: list[Row] = []
     for part in images.with_format("arrow").iter(batch_size=1000):
         for chunk in part.column(column).chunks:
-            sizes.append(
-                pc.fill_null(pc.binary_length(chunk.field("bytes")), -1).to_numpy(zero_copy_only=False)
-            )
-    lengths = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
-    samples = np.stack([np.arange(len(lengths)), lengths], 1)
-    return RowSet(rows=images, column=column, origin=origin, samples=samples, labels=labels, **options)
+            for size in pc.binary_length(chunk.field("bytes")).to_pylist():
+                samples.append(Row(images, column, origin, len(samples), size))
+    return EncodedSet(samples=np.array(samples, dtype=object), labels=labels, **options)

@@ -15,11 +15,10 @@ from mdistiller.data.encoded import (
     are_squares,
     decode,
     drop_unreadable,
-    join,
     small_side,
     some,
 )
-from mdistiller.data.folder import FileSet, images_below
+from mdistiller.data.folder import images_below
 from mdistiller.data.given import splits_of_objects
 from mdistiller.data.identity import COMPARED, count_copies
 from mdistiller.data.labels import add_label_noise, balanced_subset, has_class, stratified_cut
@@ -149,9 +148,10 @@ def _add_unlabelled(images: Images, config: DataConfig) -> Images:
             "kind hf and arrays"
         )
     labels = torch.full((len(files), *images.labels.shape[1:]), IGNORED, dtype=images.labels.dtype)
-    added = FileSet(samples=files, labels=labels, image_size=size, resize=resize, on_error=config.on_error)
+    added = EncodedSet(samples=files, labels=labels, image_size=size, resize=resize, on_error=config.on_error)
     if isinstance(images, EncodedSet):
-        return join(images, added)
+        samples, labels = np.concatenate([images.samples, files]), torch.cat([images.labels, labels])
+        return replace(images, samples=samples, labels=labels)
     decoded = decode(added, config.workers)
     return ImageSet(
         images=torch.cat([images.images, decoded.images]), labels=torch.cat([images.labels, decoded.labels])
