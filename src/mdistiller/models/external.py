@@ -2,8 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +17,13 @@ from mdistiller.errors import (
     UnknownNameError,
     nearest_names,
 )
-from mdistiller.models.download import limited_wait
 from mdistiller.models.tap_table import last_linear, tap_table, without_adapters
 from mdistiller.models.transformers_taps import transformers_points
 from mdistiller.types import Line
 
 LIBRARIES = ("timm", "torchvision")
 _MOBILENET_V3 = ("width_mult", "reduced_tail", "dilated")  # options that no signature names
+_SECONDS = 10.0  # longest wait for a silent host
 
 
 def create_external(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
@@ -69,6 +70,17 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
     return model
+
+
+@contextmanager
+def limited_wait() -> Iterator[None]:
+    """Context in which torch.hub waits 10 seconds for a silent host, not as long as the system does."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_SECONDS if before is None else before)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def check_external(name: str) -> None:
@@ -237,17 +249,6 @@ def input_config(name: str, options: Line) -> InputConfig | None:
         preset = chosen.transforms()
         return InputConfig(tuple(preset.mean), tuple(preset.std), preset.crop_size[0])
     return None
-
-
-def pretrained_statistics(model: nn.Module, options: Line) -> tuple[tuple[float, ...], ...] | None:
-    """Returns mean and standard deviation of the images that a timm model was pretrained on.
-
-    None without pretraining, and for torchvision's models, which all use ImageNet's statistics.
-    """
-    config = getattr(model, "pretrained_cfg", None)
-    if not is_pretrained(options) or not isinstance(config, dict) or not {"mean", "std"} <= config.keys():
-        return None
-    return tuple(config["mean"]), tuple(config["std"])
 
 
 def tap_points(model: nn.Module) -> dict[str, str]:

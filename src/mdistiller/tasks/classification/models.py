@@ -19,7 +19,6 @@ from mdistiller.models.external import (
     input_config,
     is_pretrained,
     pretrained_classes,
-    pretrained_statistics,
     without_pretraining,
 )
 from mdistiller.models.layers import classifier_paths
@@ -39,17 +38,26 @@ def data_of_weights(config: ClassificationConfig) -> Line:
     These are mean and standard deviation, and for a folder of images, which has no size of its own, the image
     size: from the metadata of a run, or from timm's or torchvision's tables.
     """
-    student, data = config.student, config.data
-    found: Line = {}
-    if student.checkpoint is not None:
-        find_weights(student.checkpoint)
-        found = read_metadata(student.checkpoint)
-    if not found and (student.checkpoint is not None or is_pretrained(student.options)):
-        check_model_name(student.name)
-        known = input_config(student.name, student.options)
-        found = {} if known is None else known._asdict()
+    data, found = config.data, _input_of_weights(config.student, by_name=True)._asdict()
     fields = ("mean", "std", "image_size") if data.is_own else ("mean", "std")
-    return {name: found[name] for name in fields if getattr(data, name) is None and name in found}
+    return {name: found[name] for name in fields if getattr(data, name) is None and found[name] is not None}
+
+
+def _input_of_weights(model: ModelConfig, *, by_name: bool = False) -> InputConfig:
+    """Returns mean, standard deviation and size of the images of a model's weights, None where unknown.
+
+    Those of a run are in its metadata, those of pretrained weights in the tables of timm and torchvision. Of
+    a file without metadata they are unknown, or those of its model's name (`by_name`).
+    """
+    if model.checkpoint is not None:
+        find_weights(model.checkpoint)
+        if metadata := read_metadata(model.checkpoint):
+            mean, std = (tuple(metadata[name]) if name in metadata else None for name in ("mean", "std"))
+            return InputConfig(mean, std, metadata.get("image_size"))
+    if not (by_name if model.checkpoint is not None else is_pretrained(model.options)):
+        return InputConfig()
+    check_model_name(model.name)
+    return input_config(model.name, model.options) or InputConfig()
 
 
 def build_model(config: ModelConfig, num_classes: int, *, new_classifier: bool = False) -> nn.Module:
@@ -113,16 +121,9 @@ def has_logits(teacher: nn.Module, data: Splits) -> bool:
 def own_input(teacher: ModelConfig) -> InputConfig:
     """Returns mean, standard deviation and size of a teacher's images, None where they are the data's.
 
-    They are those in its config, then those of its weights: of a run, from its metadata; pretrained, from the
-    tables of timm and torchvision. A file without metadata brings none.
+    They are those in its config, then those of its weights.
     """
-    known = InputConfig()
-    if teacher.images == "own" and teacher.checkpoint is not None:
-        metadata = read_metadata(teacher.checkpoint)
-        mean, std = (tuple(metadata[name]) if name in metadata else None for name in ("mean", "std"))
-        known = InputConfig(mean, std, metadata.get("image_size"))
-    elif teacher.images == "own" and is_pretrained(teacher.options):
-        known = input_config(teacher.name, teacher.options) or known
+    known = _input_of_weights(teacher) if teacher.images == "own" else InputConfig()
     return InputConfig(
         teacher.mean or known.mean, teacher.std or known.std, teacher.image_size or known.image_size
     )
@@ -236,9 +237,7 @@ def fit_stored(teacher: StoredTeacher, source: object, data: Splits) -> StoredTe
     return teacher.fit(data.train, places)
 
 
-def check_statistics(
-    config: ClassificationConfig, student: nn.Module, teacher: nn.Module | None, splits: Splits
-) -> None:
+def check_statistics(config: ClassificationConfig, teacher: nn.Module | None, splits: Splits) -> None:
     """Warns about a model that gets images of another mean and standard deviation than it was trained on.
 
     It is a student with pretrained weights (one from a run is trained further, and adapts), or a teacher
@@ -246,11 +245,10 @@ def check_statistics(
     """
     data = tuple(splits.mean), tuple(splits.std)
     found = []
-    if config.student.checkpoint is None:
-        values = pretrained_statistics(student, config.student.options)
-        if values is not None and values != data:
-            mean, std = (" ".join(map(str, three)) for three in values)
-            found.append((config.student.name, f"data.mean {mean} and data.std {std}"))
+    student = _input_of_weights(config.student)
+    if config.student.checkpoint is None and student.mean and student.std and student[:2] != data:
+        mean, std = (" ".join(map(str, three)) for three in (student.mean, student.std))
+        found.append((config.student.name, f"data.mean {mean} and data.std {std}"))
     for given in config.teachers if teacher is not None else ():
         own, used = (own_input(given.replace(images=images)) for images in ("own", given.images))
         if (own.mean or data[0], own.std or data[1]) != (used.mean or data[0], used.std or data[1]):
