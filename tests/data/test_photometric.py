@@ -59,11 +59,11 @@ def test_hue_is_drawn_evenly_and_changes_no_other_draw():
     x, draws = images(count=4000, height=2, width=2), Draws(0, torch.arange(4000))
     without = draw_changes(AugmentConfig(color_jitter=0.3, erase=0.5), x, Draws(0, torch.arange(4000)))
     found = draw_changes(AugmentConfig(color_jitter=0.3, erase=0.5, hue=0.1), x, draws)
-    assert torch.equal(found.jitter, without.jitter)
-    assert torch.equal(found.box, without.box)
-    assert found.hue.abs().max() <= 0.1
-    assert found.hue.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.05)
-    assert found.hue.mean().item() == pytest.approx(0, abs=0.003)
+    assert torch.equal(found["color_jitter"], without["color_jitter"])
+    assert torch.equal(found["erase"], without["erase"])
+    assert found["hue"].abs().max() <= 0.1
+    assert found["hue"].std().item() == pytest.approx(0.1 / 3**0.5, rel=0.05)
+    assert found["hue"].mean().item() == pytest.approx(0, abs=0.003)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (13, 20)])
@@ -84,11 +84,11 @@ def test_rotation_is_drawn_evenly_and_changes_no_other_draw():
     x, index = images(count=4000, height=2, width=2), torch.arange(4000)
     without = draw_changes(AugmentConfig(hue=0.2, erase=0.5), x, Draws(0, index))
     found = draw_changes(AugmentConfig(hue=0.2, erase=0.5, rotation=20), x, Draws(0, index))
-    assert torch.equal(found.hue, without.hue)
-    assert torch.equal(found.box, without.box)
-    assert 19.9 < found.angle.abs().max() <= 20
-    assert found.angle.std().item() == pytest.approx(20 / 3**0.5, rel=0.05)
-    assert found.angle.mean().item() == pytest.approx(0, abs=0.6)
+    assert torch.equal(found["hue"], without["hue"])
+    assert torch.equal(found["erase"], without["erase"])
+    assert 19.9 < found["rotation"].abs().max() <= 20
+    assert found["rotation"].std().item() == pytest.approx(20 / 3**0.5, rel=0.05)
+    assert found["rotation"].mean().item() == pytest.approx(0, abs=0.6)
 
 
 def test_a_batch_is_rotated_and_mirrored():
@@ -101,7 +101,7 @@ def test_a_batch_is_rotated_and_mirrored():
     whole = augment(batch, Draws(5, index)).image
     draw = augment.draw(x, Draws(5, index))
     mirrored = torch.where(draw.flip[:, None, None, None], x.flip(2), x)
-    expected = augment.normalise(rotate(mirrored, draw.other.angle))
+    expected = augment.normalise(rotate(mirrored, draw.other["rotation"]))
     assert torch.equal(whole, expected)
     part = index[7:11]
     some = augment(Batch(x[part], batch.label[part], part), Draws(5, part)).image
@@ -135,7 +135,7 @@ def test_erasing_equals_torchvision_s():
 def test_boxes_have_the_distribution_of_random_erasing():
     size, count = 40, 4000
     x = torch.zeros(count, size, size, 3, dtype=torch.uint8)
-    box = draw_changes(AugmentConfig(erase=1.0), x, Draws(0, torch.arange(count))).box.double()
+    box = draw_changes(AugmentConfig(erase=1.0), x, Draws(0, torch.arange(count)))["erase"].double()
     torch.manual_seed(0)
     one = torch.zeros(3, size, size)
     params = [RandomErasing.get_params(one, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(count)]
@@ -143,7 +143,7 @@ def test_boxes_have_the_distribution_of_random_erasing():
     for found, theirs in zip(box, expected, strict=True):
         assert found.mean().item() == pytest.approx(theirs.mean().item(), rel=0.05)
         assert found.std().item() == pytest.approx(theirs.std().item(), rel=0.06)
-    some = draw_changes(AugmentConfig(erase=0.25), x, Draws(1, torch.arange(count))).box
+    some = draw_changes(AugmentConfig(erase=0.25), x, Draws(1, torch.arange(count)))["erase"]
     assert (some[2] > 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 

@@ -1,7 +1,7 @@
 """Augmentation of whole batches on the device."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,16 +12,7 @@ from torch.nn import functional as F
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.dataset import Triple
 from mdistiller.data.draws import Draws
-from mdistiller.data.photometric import (
-    Changes,
-    draw_changes,
-    erase,
-    flip_vertically,
-    jitter_colors,
-    place_box,
-    rotate,
-    turn_hue,
-)
+from mdistiller.data.photometric import OPERATIONS, draw_changes, erase, place_box
 from mdistiller.data.policy import Policy, get_policy
 from mdistiller.types import IGNORED, Batch, Line
 
@@ -43,7 +34,7 @@ class Draw(NamedTuple):
     box: Tensor | None = None  # top, left, height and width of a crop to scale back, int64 [4, B]
     changes: Tensor | None = None  # of a policy, int64 [B, changes], see `Policy.draw`
     mix: Mix | None = None
-    other: Changes = Changes()
+    other: Mapping[str, Tensor] = {}  # see `draw_changes`
 
 
 class Augment(nn.Module):
@@ -116,18 +107,13 @@ class Augment(nn.Module):
         changes = [draw.changes for draw in draws if draw.changes is not None]
         if changes and (policy := self._policy(images, strong)) is not None:
             images = policy.apply(images, torch.cat(changes))
-        jitter, upside_down, erased, hue, angle = zip(*(draw.other for draw in draws), strict=True)
-        if self.config.rotation:
-            images = rotate(images, torch.cat(angle))
-        if self.config.color_jitter:
-            images = jitter_colors(images, torch.cat(jitter, 1))
-        if self.config.hue:
-            images = turn_hue(images, torch.cat(hue))
-        if self.config.vertical_flip:
-            images = flip_vertically(images, torch.cat(upside_down))
+        other = {name: torch.cat([draw.other[name] for draw in draws], -1) for name in draws[0].other}
+        for name, change in OPERATIONS.items():
+            if name in other:
+                images = change(images, other[name])
         normalised = self.normalise(images)
-        if self.config.erase:
-            normalised = erase(normalised, torch.cat(erased, 1))
+        if "erase" in other:
+            normalised = erase(normalised, other["erase"])
         pieces = normalised.split([len(batch.image) for batch in batches])
         changed = []
         for batch, image, draw in zip(batches, pieces, draws, strict=True):
@@ -175,11 +161,8 @@ class Augment(nn.Module):
         box = _draw_box(images, self.config.scale, draws) if self.config.crop == "resized" else None
         policy = self._policy(images, strong)
         changes = None if policy is None else policy.draw(draws)
-        config, mix = self.config, self._draw_mix(images, generator)
-        other = Changes()
-        if config.color_jitter or config.hue or config.rotation or config.vertical_flip or config.erase:
-            other = draw_changes(config, images, draws)
-        return Draw(top, left, flip, box, changes, mix, other)
+        mix = self._draw_mix(images, generator)
+        return Draw(top, left, flip, box, changes, mix, draw_changes(self.config, images, draws))
 
     def _policy(self, images: Tensor, strong: bool) -> Policy | None:
         name = self.config.strong_policy if strong else self.config.policy

@@ -5,8 +5,7 @@ draws.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,31 +15,24 @@ from mdistiller.data.config import AugmentConfig
 from mdistiller.data.draws import Draws
 
 
-class Changes(NamedTuple):
-    """Random choices for a batch; None: the operation is off."""
+def draw_changes(config: AugmentConfig, images: Tensor, draws: Draws) -> dict[str, Tensor]:
+    """Draws the changes of images [B, H, W, 3], on their device, by the fields that switch them on.
 
-    jitter: Tensor | None = None  # factors of brightness, contrast and saturation, float32 [3, B]
-    upside_down: Tensor | None = None  # whether to mirror top and bottom, bool [B]
-    box: Tensor | None = None  # top, left, height and width to erase, int64 [4, B]; height 0: nothing
-    hue: Tensor | None = None  # part of the colour circle by which to turn, float32 [B]
-    angle: Tensor | None = None  # degrees by which to rotate, float32 [B]
-
-
-def draw_changes(config: AugmentConfig, images: Tensor, draws: Draws) -> Changes:
-    """Draws the changes of images [B, H, W, 3], on their device; operations that are off draw nothing."""
-    _, height, width, _ = images.shape
-    jitter = upside_down = box = hue = angle = None
-    if config.color_jitter:
-        jitter = 1 + config.color_jitter * (2 * draws.uniform(3) - 1)
-    if config.vertical_flip:
-        upside_down = draws.uniform() < 0.5
-    if config.erase:
-        box = _draw_box(config.erase, height, width, draws.uniform(2, 10), draws.uniform(3))
-    if config.hue:
-        hue = config.hue * (2 * draws.uniform() - 1)
-    if config.rotation:
-        angle = config.rotation * (2 * draws.uniform() - 1)
-    return Changes(jitter, upside_down, box, hue, angle)
+    color_jitter: factors of brightness, contrast and saturation, float32 [3, B].
+    vertical_flip: whether to mirror top and bottom, bool [B].
+    erase: top, left, height and width of a box, int64 [4, B]; height 0: nothing.
+    hue: part of the colour circle by which to turn, float32 [B].
+    rotation: degrees by which to rotate, float32 [B].
+    """
+    height, width = images.shape[1:3]
+    make: dict[str, Callable[[], Tensor]] = {
+        "color_jitter": lambda: 1 + config.color_jitter * (2 * draws.uniform(3) - 1),
+        "vertical_flip": lambda: draws.uniform() < 0.5,
+        "erase": lambda: _draw_box(config.erase, height, width, draws.uniform(2, 10), draws.uniform(3)),
+        "hue": lambda: config.hue * (2 * draws.uniform() - 1),
+        "rotation": lambda: config.rotation * (2 * draws.uniform() - 1),
+    }
+    return {name: draw() for name, draw in make.items() if getattr(config, name)}
 
 
 def _draw_box(chance: float, height: int, width: int, tries: Tensor, place: Tensor) -> Tensor:
@@ -166,3 +158,12 @@ def inside(first: Tensor, end: Tensor, images: Tensor) -> Tensor:
         masks.append((axis >= low) & (axis < high))
     rows, columns = masks
     return rows[:, :, None] & columns[:, None, :]
+
+
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "rotation": rotate,
+    "color_jitter": jitter_colors,
+    "hue": turn_hue,
+    "vertical_flip": flip_vertically,
+}
+"""Changes of uint8 images by `draw_changes`, in the order of their application."""

@@ -5,7 +5,6 @@ device, and each kind is applied at once to all images that drew it, so no step 
 """
 
 import math
-import re
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -18,23 +17,6 @@ from mdistiller.data.config import PolicyName
 from mdistiller.data.draws import Draws
 from mdistiller.data.photometric import grey, inside, sample_nearest
 
-# Policy for CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019,
-# appendix): 25 pairs of changes, each with its probability and, if it has one, its strength from 0 to 9.
-_SUBPOLICIES = """
-    Invert 0.1 / Contrast 0.2 6 | Rotate 0.7 2 / TranslateX 0.3 9
-    Sharpness 0.8 1 / Sharpness 0.9 3 | ShearY 0.5 8 / TranslateY 0.7 9
-    AutoContrast 0.5 / Equalize 0.9 | ShearY 0.2 7 / Posterize 0.3 7
-    Color 0.4 3 / Brightness 0.6 7 | Sharpness 0.3 9 / Brightness 0.7 9
-    Equalize 0.6 / Equalize 0.5 | Contrast 0.6 7 / Sharpness 0.6 5
-    Color 0.7 7 / TranslateX 0.5 8 | Equalize 0.3 / AutoContrast 0.4
-    TranslateY 0.4 3 / Sharpness 0.2 6 | Brightness 0.9 6 / Color 0.2 8
-    Solarize 0.5 2 / Invert 0.0 | Equalize 0.2 / AutoContrast 0.6
-    Equalize 0.2 / Equalize 0.6 | Color 0.9 9 / Equalize 0.6
-    AutoContrast 0.8 / Solarize 0.2 8 | Brightness 0.1 3 / Color 0.7 0
-    Solarize 0.4 5 / AutoContrast 0.9 | TranslateY 0.9 9 / TranslateY 0.7 9
-    AutoContrast 0.9 / Solarize 0.8 3 | Equalize 0.8 / Invert 0.1
-    TranslateY 0.7 9 / AutoContrast 0.9
-"""
 _FINDS_ROWS = ("cpu",)  # on other devices, a search for the images with a change would wait for the device
 _SIGNED = (
     *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
@@ -78,9 +60,9 @@ class _Changes(NamedTuple):
 class Policy:
     """Policy for images of one size on one device.
 
-    Changes, strengths and their order are those of torchvision: AutoAugment for CIFAR-10, RandAugment with
-    two changes of strength 9 of 30, TrivialAugment with the wide space of 31 strengths; nearest-neighbour
-    interpolation, black outside of the image. Sizes are in pixels.
+    Changes, strengths and their order are those of torchvision: AutoAugment for CIFAR-10 (Cubuk et al., CVPR
+    2019), RandAugment with two changes of strength 9 of 30, TrivialAugment with the wide space of 31
+    strengths; nearest-neighbour interpolation, black outside of the image. Sizes are in pixels.
 
     FixMatch's strong view has two of 14 changes, each of a strength drawn for the image, and then a grey box
     with a side of up to half the width. Its changes are PIL's, but for one level of 255 in Color, Contrast
@@ -142,12 +124,12 @@ get_policy = cache(Policy)
 def _rows(name: PolicyName, height: int, width: int) -> list[list[_Slot]]:
     """Returns the equally likely rows of a policy, each a sequence of changes for one image."""
     if name == "autoaugment":
+        from torchvision.transforms import AutoAugment, AutoAugmentPolicy  # takes a second
 
-        def slot(change: str, chance: str, level: str = "0") -> _Slot:
-            return _Slot(change, float(chance), _strengths(change, 10, height, width)[int(level)])
-
-        pairs = re.split(r"[|\n]", _SUBPOLICIES.strip())
-        return [[slot(*words.split()) for words in pair.split("/")] for pair in pairs]
+        return [
+            [_Slot(change, p, _strengths(change, 10, height, width)[level or 0]) for change, p, level in row]
+            for row in AutoAugment(AutoAugmentPolicy.CIFAR10).policies
+        ]
     if name == "fixmatch":
         return [
             [_Slot(change, 1.0, _in_slot_units(change, low + (high - low) * middle, height, width))]
