@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.data import DataConfig, Splits, load_data
 from mdistiller.data.layout import TRAIN, subfolder
 from mdistiller.data.loader import PlainBatches
-from mdistiller.errors import ConfigError, DataError, TapError
+from mdistiller.errors import ConfigError, DataError, TapError, TrainingError
 from mdistiller.methods import Method
 from mdistiller.taps import Taps
 from mdistiller.tasks.embed.config import EmbedConfig
@@ -22,7 +22,6 @@ from mdistiller.types import Batch, Line, Outputs
 
 NEIGHBORS = 10  # compared with the teacher's
 VOTES, TEMPERATURE = 20, 0.07  # of the nearest neighbors, as in DINO's evaluation
-_ROWS = 1024  # compared with all others at once
 _NAMES = ("pooler_output", "image_embeds")
 
 
@@ -44,58 +43,48 @@ def embedding_of(result: Any) -> Tensor:
     )
 
 
-def neighbors(x: Tensor, count: int) -> Tensor:
-    """Returns the nearest other embeddings of each one by cosine, int64 [N, count]."""
-    x, found = F.normalize(x.float()), []
-    for start in range(0, len(x), _ROWS):
-        likeness = x[start : start + _ROWS] @ x.T
-        rows = torch.arange(len(likeness), device=x.device)
-        likeness[rows, start + rows] = -torch.inf
-        found.append(likeness.topk(count).indices)
-    return torch.cat(found)
+def _numbers(x: Tensor) -> np.ndarray:
+    if not x.isfinite().all():
+        raise TrainingError("embeddings are not finite, so they have no neighbors")
+    return x.double().cpu().numpy()
 
 
 def agreement(student: Tensor, teacher: Tensor) -> float:
     """Computes the share of common nearest neighbors, in percent, of embeddings [N, D] of the same images.
 
-    Each image has 10 neighbors, or half of the other images if these are fewer.
+    Each image has 10 neighbors by cosine, or half of the other images if these are fewer.
     """
-    count = min(NEIGHBORS, (len(student) - 1) // 2)
-    ours, theirs = neighbors(student, count), neighbors(teacher, count)
-    return 100 * (ours[:, :, None] == theirs[:, None, :]).any(2).double().mean().item()
+    from sklearn.neighbors import NearestNeighbors  # takes a second
+
+    find = NearestNeighbors(n_neighbors=min(NEIGHBORS, (len(student) - 1) // 2), metric="cosine")
+    ours, theirs = (find.fit(_numbers(x)).kneighbors(return_distance=False) for x in (student, teacher))
+    return float(100 * (ours[:, :, None] == theirs[:, None, :]).any(2).mean())
 
 
-def knn_accuracy(train: Tensor, labels: Tensor, test: Tensor, expected: Tensor, classes: int) -> float:
-    """Computes the accuracy in percent of 20 nearest neighbors, whose votes weigh exp(cosine / 0.07)."""
-    train, test, hits = F.normalize(train.float()), F.normalize(test.float()), 0
-    for part, wanted in zip(test.split(_ROWS), expected.split(_ROWS), strict=True):
-        likeness, nearest = (part @ train.T).topk(min(VOTES, len(train)))
-        votes = torch.zeros(len(part), classes, device=part.device)
-        votes.scatter_add_(1, labels[nearest], ((likeness - 1) / TEMPERATURE).exp())
-        hits += int((votes.argmax(1) == wanted).sum())
-    return 100 * hits / len(test)
+def probe_accuracies(train: Tensor, labels: Tensor, test: Tensor, expected: Tensor) -> Line:
+    """Computes accuracies in percent on the embeddings `test` [M, D], after a fit on `train` [N, D].
 
-
-@torch.enable_grad()
-def linear_accuracy(train: Tensor, labels: Tensor, test: Tensor, expected: Tensor, classes: int) -> float:
-    """Computes the accuracy in percent of logistic regression on embeddings standardized over `train`.
-
-    The loss is the mean cross-entropy plus 1e-3 times half the squared norm of the weights.
+    knn: 20 nearest neighbors, whose votes weigh exp(cosine / 0.07).
+    linear: logistic regression on embeddings standardized over `train`, whose loss is the mean cross-entropy
+        plus 1e-3 times half the squared norm of the weights.
     """
-    std, mean = torch.std_mean(train.double(), 0, correction=0)
-    train, test = ((x.double() - mean) / (std + 1e-6) for x in (train, test))
-    weight = torch.zeros(classes, train.shape[1], dtype=train.dtype, device=train.device, requires_grad=True)
-    bias = torch.zeros(classes, dtype=train.dtype, device=train.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(train @ weight.T + bias, labels) + 5e-4 * weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return 100 * ((test @ weight.T + bias).argmax(1) == expected).double().mean().item()
+    # Of two classes, scikit-learn's one vector of weights is the difference of two.
+    scale = 2 if len(labels.unique()) == 2 else 1
+    probes = {
+        "knn": KNeighborsClassifier(
+            min(VOTES, len(train)), weights=lambda far: np.exp(-far / TEMPERATURE), metric="cosine"
+        ),
+        "linear": make_pipeline(
+            StandardScaler(), LogisticRegression(C=scale / (1e-3 * len(train)), max_iter=1000)
+        ),
+    }
+    x, y, wanted, known = _numbers(train), labels.cpu().numpy(), _numbers(test), expected.cpu().numpy()
+    return {name: 100 * float(probe.fit(x, y).score(wanted, known)) for name, probe in probes.items()}
 
 
 def load_probe(config: EmbedConfig, data: Splits, device: torch.device) -> Splits | None:
@@ -140,7 +129,6 @@ class EmbedEvaluator:
         )
         self.test, probe = plain(data.test), load_probe(config, data, world.device)
         self.probe = () if probe is None else (plain(probe.train), plain(probe.test))
-        self.classes = 0 if probe is None else probe.num_classes
 
     def __call__(self, model: nn.Module, is_student: bool) -> Line:
         """Computes the metrics of a model; it and the teacher run in evaluation mode."""
@@ -183,5 +171,4 @@ class EmbedEvaluator:
         for batches in self.probe:
             found = [(self._run(taps, batch).logits, batch.label) for batch in batches]
             values += map(torch.cat, zip(*found, strict=True))
-        values.append(self.classes)
-        return {"knn": knn_accuracy(*values), "linear": linear_accuracy(*values)}
+        return probe_accuracies(*values)
