@@ -76,11 +76,7 @@ def load_folder(config: DataConfig) -> Splits:
         if name not in train_files | test_files:
             raise UnknownNameError("class in data.ignored", name, {*train_files, *test_files} - {""})
     outside = config.root if config.kind == "folder" and config.root.is_dir() else None
-    if (
-        outside is not None
-        and outside != train_from
-        and (folder := subfolder(outside, UNLABELLED)) is not None
-    ):
+    if outside is not None and outside != train_from and (folder := subfolder(outside, UNLABELLED)):
         train_files.setdefault("", []).extend(images_below(folder))
     # In a folder of class folders alone, that of images without a class is among them.
     inside = [name for name in train_files if outside == train_from and name.lower() in UNLABELLED]
@@ -112,15 +108,15 @@ def _load_images(config: DataConfig, options: ReadOptions) -> Splits:
         test_from = evaluation_split(config, splits[1], splits[2])
     train_from = splits[0] if test_from is not None else None
 
-    def read(source: Path | None) -> EncodedSet:
-        files = [] if source is None else read_paths(source, config.on_error) if is_list(source) else None
-        samples = np.array(list(images_below(source)) if files is None and source else files, dtype=object)
-        return EncodedSet(samples=samples, labels=torch.full((len(samples),), IGNORED), **options)
+    def read(source: Path) -> EncodedSet:
+        files = read_paths(source, config.on_error) if is_list(source) else list(images_below(source))
+        return _file_set((), {}, files, options)
 
     train = read(train_from or root)
     if not len(train):
         raise DataError(f"{train_from or root} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
-    return make_splits(train, read(test_from), (), f"images in {root}")
+    test = train.select(torch.arange(0)) if test_from is None else read(test_from)
+    return make_splits(train, test, (), f"images in {root}")
 
 
 def _load_multi_label(

@@ -45,15 +45,7 @@ def create_external(name: str, num_classes: int | None = None, **options: Any) -
                 model = _build_torchvision(short, num_classes, options)
     except (ConfigError, CheckpointError, ImportError):
         raise
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        OSError,
-        RuntimeError,
-        AttributeError,
-        AssertionError,
-    ) as error:
+    except Exception as error:  # the libraries' errors are of many types
         wrong = isinstance(error, KeyError | TypeError | ValueError)
         if not options and not wrong:  # a bug of the library
             raise

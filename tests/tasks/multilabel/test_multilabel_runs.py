@@ -231,7 +231,7 @@ def test_predictions_and_exports(root, teacher, tmp_path, capsys):
             "method 'dkd' is for images of one class each; allowed for several are 'binary_kd'",
         ),
         ({"method": "binary_kd+kd"}, r"method 'binary_kd\+kd' is for images of one class each"),
-        ({"label_smoothing": 0.1}, r"label_smoothing: got 0.1; allowed for images of several classes is 0.0"),
+        ({"label_smoothing": 0.1}, r"label_smoothing: got 0.1; allowed in task multilabel is 0.0"),
         ({"class_weights": "balanced"}, "class_weights: got 'balanced'"),
         ({"diagnostics": True}, "diagnostics: got True"),
         ({"data": {"sampler": "balanced"}}, r"data.sampler: got 'balanced'"),

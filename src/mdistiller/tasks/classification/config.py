@@ -1,15 +1,16 @@
 """Configuration of a classification run."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mdistiller.config import RunConfig, TeacherConfig
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError
-from mdistiller.types import Metric
+from mdistiller.types import Line, Metric
 
 
 class ClassificationConfig(RunConfig):
@@ -19,6 +20,8 @@ class ClassificationConfig(RunConfig):
     headline: ClassVar[Metric | None] = Metric(
         "top1", "%", "Accuracy", "test accuracy", "test accuracy", result="test top-1", short="test"
     )
+    fixed: ClassVar[Line] = {}
+    """Fields that a child has no use for, each with its only value."""
 
     task: Literal["classification"] = "classification"
     data: DataConfig = DataConfig()
@@ -50,6 +53,14 @@ class ClassificationConfig(RunConfig):
     diagnostics: bool = True
     """With each evaluation, compare student and teacher on the test images and 1,000 training images: TCKD
     and NCKD, confidence, logit gap, agreement, calibration."""
+
+    @model_validator(mode="after")
+    def _check_fixed(self) -> Self:
+        for name, allowed in self.fixed.items():
+            got = attrgetter(name)(self)
+            if got != allowed:
+                raise ValueError(f"{name}: got {got!r}; allowed in task {self.task} is {allowed!r}")
+        return self
 
     @property
     def blends_teachers(self) -> bool:

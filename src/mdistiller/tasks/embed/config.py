@@ -11,11 +11,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.methods.changes import open_weights
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.types import Metric
-
-# Fields about labels, with the only value that is allowed.
-_OFF = {"label_smoothing": 0, "class_weights": "none", "diagnostics": False, "probe_epochs": 0}
-_OFF |= {"ensemble": "losses"}
+from mdistiller.types import Line, Metric
 
 
 class EmbedData(DataConfig):
@@ -31,9 +27,18 @@ class EmbedData(DataConfig):
 class EmbedConfig(ClassificationConfig):
     """A training run of a backbone on images without labels."""
 
+    # What is about labels.
+    fixed: ClassVar[Line] = {
+        "label_smoothing": 0,
+        "class_weights": "none",
+        "diagnostics": False,
+        "probe_epochs": 0,
+    }
+    fixed |= {"ensemble": "losses", "data.sampler": "shuffle"}
+    fixed |= {"augment.mixup_alpha": 0, "augment.cutmix_alpha": 0}
     hidden_flags = (
-        *(*ClassificationConfig.hidden_flags, *_OFF),
-        *(f"data.{name}" for name in ("label_column", "label_noise", "sampler", "multi_label", "ignored")),
+        *(*ClassificationConfig.hidden_flags, *fixed),
+        *(f"data.{name}" for name in ("label_column", "label_noise", "multi_label", "ignored")),
     )
     metrics: ClassVar[tuple[str, ...]] = ("agreement", "loss")
     headline = Metric(
@@ -75,17 +80,10 @@ class EmbedConfig(ClassificationConfig):
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
-        wrong = [name for name, allowed in _OFF.items() if getattr(self, name) != allowed]
-        wrong += ["data.sampler"] * (self.data.sampler != "shuffle")
-        wrong += [
-            f"augment.{name}" for name in ("mixup_alpha", "cutmix_alpha") if getattr(self.augment, name)
-        ]
-        wrong += [f"optim.name {self.optim.name}"] * bool(self.optim.momenta)
+        wrong = [f"optim.name {self.optim.name}"] * bool(self.optim.momenta)
         wrong += [f"method.{name} auto" for name in open_weights(self.method)]
         if wrong:
-            raise ValueError(
-                f"{wrong[0]}: task embed has no labels and no task loss; leave it at its default"
-            )
+            raise ValueError(f"{wrong[0]}: task embed has no task loss; leave it at its default")
         return self
 
 

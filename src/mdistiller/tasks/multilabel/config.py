@@ -1,17 +1,14 @@
 """Configuration of a run on images with several classes each."""
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
 
 from mdistiller.data import DataConfig
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.types import Metric
-
-# Fields that are about one class an image, with the only value that is allowed.
-_OFF = {"label_smoothing": 0.0, "class_weights": "none", "diagnostics": False}
+from mdistiller.types import Line, Metric
 
 
 class MultiLabelConfig(ClassificationConfig):
@@ -19,6 +16,13 @@ class MultiLabelConfig(ClassificationConfig):
 
     metrics: ClassVar[tuple[str, ...]] = ("mAP", "macro_f1", "loss")
     headline = Metric("mAP", "%", "Mean average precision", "test mAP, the mean over classes", "test mAP")
+    # What is about one class an image.
+    fixed: ClassVar[Line] = {
+        "label_smoothing": 0.0,
+        "class_weights": "none",
+        "diagnostics": False,
+        "data.sampler": "shuffle",
+    }
 
     task: Literal["multilabel"] = "multilabel"  # type: ignore[assignment]
     data: DataConfig = DataConfig(kind="folder", multi_label=True)
@@ -46,15 +50,3 @@ class MultiLabelConfig(ClassificationConfig):
                 "methods of features, such as 'fitnet', and their sums"
             )
         return method
-
-    @model_validator(mode="after")
-    def _check_kind(self) -> Self:
-        for name, allowed in _OFF.items():
-            if getattr(self, name) != allowed:
-                got = getattr(self, name)
-                raise ValueError(f"{name}: got {got!r}; allowed for images of several classes is {allowed!r}")
-        if self.data.sampler != "shuffle":
-            raise ValueError(
-                "data.sampler: got 'balanced'; allowed for images of several classes is 'shuffle'"
-            )
-        return self
