@@ -240,7 +240,7 @@ def test_methods_of_labels_or_logits_are_refused(tmp_path, images, vit, name):
 )
 def test_settings_about_labels_are_refused(settings):
     config = get_recipe("embed.tokens.resnet8", teacher="resnet14")
-    with pytest.raises(ConfigError, match="task embed (is|has no task loss)"):
+    with pytest.raises(ConfigError, match=r"task embed (is|has no task loss)"):
         config.replace(**settings)
 
 

@@ -45,7 +45,7 @@ class Diagnostics:
     ) -> None:
         self.teacher, self.evaluate, self.world = teacher, evaluate, world
         self.known: dict[str, list[Tensor]] = {}
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, dict[str, Tensor]] = {}
         self.train: PlainBatches | None = None
         if isinstance(splits.train, ImageSet | EncodedSet) and (splits.train.labels != IGNORED).any():
             known = (splits.train.labels != IGNORED).nonzero()[:, 0]
@@ -66,11 +66,12 @@ class Diagnostics:
             found = self.evaluate(self.teacher, batches, watch=lambda i, logits, label: known.append(logits))
             if name == "test":
                 self._check_teacher(found["top1"], known)
-        self.sums[name] = torch.zeros((), device=self.world.device)
+        sums = self.sums[name] = {}
 
         def add(i: int, logits: Tensor, label: Tensor) -> None:
             teacher_logits = self.known[name][i] if name in self.known else None
-            self.sums[name] = self.sums[name] + _sums(logits, teacher_logits, label)
+            for key, value in _sums(logits, teacher_logits, label).items():
+                sums[key] = sums.get(key, 0) + value
 
         return add
 
@@ -95,55 +96,47 @@ class Diagnostics:
         """
         if self.train is not None:
             self.evaluate(student, self.train, watch=self.watch("train", self.train))
-        found = {name: _metrics(self.world.sum(sums).tolist()) for name, sums in self.sums.items()}
+        found = {}
+        for name, sums in self.sums.items():
+            ranks = self.world.gather({key: value.cpu() for key, value in sums.items()})
+            parts = [part for part in ranks if part]  # a process may have no image
+            found[name] = _metrics(
+                {key: torch.stack([part[key] for part in parts]).sum(0) for key in parts[0]}
+            )
         self.sums = {}
         return found
 
 
 def diagnose(logits: Tensor, teacher_logits: Tensor | None, label: Tensor) -> dict[str, float]:
     """Computes the diagnostics of logits [N, C] in one process; see `Diagnostics.metrics`."""
-    return _metrics(_sums(logits, teacher_logits, label).tolist())
+    return _metrics(_sums(logits, teacher_logits, label))
 
 
-_OF_MODEL = ("p_t", "gap", "top1")
-_OF_PAIR = ("agreement", "tckd", "nckd")
-
-
-def _sums(logits: Tensor, teacher_logits: Tensor | None, label: Tensor) -> Tensor:
-    """Returns [n, sums of the student, of the teacher, of the pair, and the bins of both], as `sum_dtype`."""
+def _sums(logits: Tensor, teacher_logits: Tensor | None, label: Tensor) -> dict[str, Tensor]:
+    """Returns the sums over the images of each diagnostic, `n`, their number, and the bins of each ECE."""
     wide = sum_dtype(label.device)
-    parts = [torch.full((1,), len(label), device=label.device, dtype=wide)]
-    bins = []
-    for z in (logits, teacher_logits):
+    values: dict[str, Tensor] = {"n": torch.ones_like(label)}
+    bins = {}
+    for prefix, z in (("", logits), ("teacher_", teacher_logits)):
         if z is None:
             continue
         probability = z.softmax(1)
         confidence, first = probability.max(1)
         hit = first == label
-        p_t = probability.gather(1, label[:, None])[:, 0]
-        parts.append(torch.stack([x.to(wide).sum() for x in (p_t, logit_gap(z, label), hit)]))
+        values[f"{prefix}p_t"] = probability.gather(1, label[:, None])[:, 0]
+        values[f"{prefix}gap"], values[f"{prefix}top1"] = logit_gap(z, label), hit
         index = (confidence * _BINS).long().clamp(max=_BINS - 1)
         excess = torch.zeros(_BINS, device=z.device, dtype=wide)
-        bins.append(excess.index_add(0, index, confidence.to(wide) - hit.to(wide)))
+        bins[f"{prefix}ece"] = excess.index_add(0, index, confidence.to(wide) - hit.to(wide))
     if teacher_logits is not None:
-        tckd, nckd = dkd_samples(logits, teacher_logits, label, TEMPERATURE)
-        agree = logits.argmax(1) == teacher_logits.argmax(1)
-        parts.append(torch.stack([x.to(wide).sum() for x in (agree, tckd, nckd)]))
-    return torch.cat([*parts, *bins])
+        values["agreement"] = logits.argmax(1) == teacher_logits.argmax(1)
+        values["tckd"], values["nckd"] = dkd_samples(logits, teacher_logits, label, TEMPERATURE)
+    return {name: value.to(wide).sum() for name, value in values.items()} | bins
 
 
-def _metrics(sums: list[float]) -> dict[str, float]:
-    n, rest = sums[0], sums[1:]
-    pair = len(rest) > len(_OF_MODEL) + _BINS
-    prefixes = ("", "teacher_") if pair else ("",)
-    names = [prefix + name for prefix in prefixes for name in _OF_MODEL]
-    names += _OF_PAIR if pair else ()
-    found = {name: value / n for name, value in zip(names, rest, strict=False)}
-    # Σ over bins of (share of the images) · |mean confidence − accuracy|.
-    for i, prefix in enumerate(prefixes):
-        start = len(names) + i * _BINS
-        found[f"{prefix}ece"] = sum(map(abs, rest[start : start + _BINS])) / n
-    for name in ("top1", "teacher_top1", "agreement", "ece", "teacher_ece"):
-        if name in found:
-            found[name] *= 100
-    return found
+def _metrics(sums: dict[str, Tensor]) -> dict[str, float]:
+    # ECE is Σ over bins of (share of the images) · |mean confidence − accuracy|.
+    total = {name: (value.abs().sum() if value.ndim else value).item() for name, value in sums.items()}
+    n = total.pop("n")
+    percent = ("top1", "agreement", "ece")
+    return {name: value / n * (100 if name.endswith(percent) else 1) for name, value in total.items()}

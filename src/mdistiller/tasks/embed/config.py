@@ -33,9 +33,11 @@ class EmbedConfig(ClassificationConfig):
         "class_weights": "none",
         "diagnostics": False,
         "probe_epochs": 0,
+        "ensemble": "losses",
+        "data.sampler": "shuffle",
+        "augment.mixup_alpha": 0,
+        "augment.cutmix_alpha": 0,
     }
-    fixed |= {"ensemble": "losses", "data.sampler": "shuffle"}
-    fixed |= {"augment.mixup_alpha": 0, "augment.cutmix_alpha": 0}
     hidden_flags = (
         *(*ClassificationConfig.hidden_flags, *fixed),
         *(f"data.{name}" for name in ("label_column", "label_noise", "multi_label", "ignored")),
