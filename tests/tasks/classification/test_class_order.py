@@ -77,3 +77,24 @@ def test_other_names_are_an_error(folders, tmp_path, use):
         arguments = (config, load_data(config.data))
     with pytest.raises(CheckpointError, match="only in the data: 11; only in the model: cat"):
         getattr(ClassificationTask(), use)(*arguments)
+
+
+@pytest.mark.parametrize("ensemble", ["logits", "losses"])
+def test_each_of_several_teachers_follows_the_names(folders, tmp_path, ensemble):
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    models = save(first, NAMES), save(second, NAMES[::-1])
+    config = settings(folders, first).replace(
+        more_teachers=[{"name": "resnet8", "checkpoint": second}], ensemble=ensemble
+    )
+    data = load_data(config.data)
+    task = ClassificationTask()
+    parts = [part for part, _ in config.by_teacher()] if ensemble == "losses" else [config]
+    with pytest.warns(UserWarning, match="its classes were put into the data's order"):
+        built = [task.build_teacher(part, data).eval() for part in parts]
+    images = torch.randn(3, 3, 16, 16)
+    orders = [[names.index(name) for name in data.classes] for names in (NAMES, NAMES[::-1])]
+    expected = [model(images)[:, order] for model, order in zip(models, orders, strict=True)]
+    if ensemble == "logits":
+        expected = [torch.stack(expected).mean(0)]
+    for teacher, value in zip(built, expected, strict=True):
+        torch.testing.assert_close(teacher(images), value)

@@ -10,8 +10,11 @@ from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.layouts import load_detection
+from mdistiller.tasks.detection.layouts import load_detection, load_split
+from mdistiller.tasks.detection.models import create_detector
 from mdistiller.tasks.detection.weights import build_for_data, select_classes
+from mdistiller.training.distributed import World
+from mdistiller.training.task import get_task
 
 
 def outputs(model, seed=0):
@@ -122,3 +125,21 @@ def test_the_same_classes_and_weights_without_names(data, tmp_path):
         for key, value in model.state_dict().items():
             if "predictor" not in key:
                 assert torch.equal(weights[key], value)
+
+
+def test_an_evaluation_compares_the_names(tmp_path):
+    """Boxes are told by their labels, so the same classes in another order would score near zero."""
+    write_set(tmp_path, 2, "instances_val.json")
+    task, file = get_task("detection"), tmp_path / "d.safetensors"
+    config = task.Config.model_validate({"student": "fcos_resnet18", "data": {"root": tmp_path}})
+    classes = list(load_split(config.data, "test").classes)
+    options = {"short_side": 64, "long_side": 96}
+    model = create_detector("fcos_resnet18", len(classes) + 1, **options)
+    about = {"task": "detection", "model": "fcos_resnet18", "options": options}
+    about |= {"num_classes": len(classes) + 1, "labels": list(range(1, len(classes) + 1))}
+    given = ModelConfig(name="fcos_resnet18", checkpoint=file)
+    save_student(file, model, about | {"classes": classes})
+    assert task.evaluate(config, given, World(torch.device("cpu")))["images"] == 2
+    save_student(file, model, about | {"classes": classes[::-1]})
+    with pytest.raises(ConfigError, match=rf"trained on .*{classes[-1]}, .*; the data has .*{classes[0]}, "):
+        task.evaluate(config, given, World(torch.device("cpu")))

@@ -17,11 +17,12 @@ from mdistiller.cli.eval import EvalCommand
 from mdistiller.cli.predict import PredictCommand
 from mdistiller.data import DataConfig
 from mdistiller.deploy.export import export_student
-from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.errors import CheckpointError, ConfigError, TrainingError
 from mdistiller.losses import binary_cross_entropy
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.recipes import get_recipe, list_recipes
 from mdistiller.report import write_report
+from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.multilabel import evaluate as evaluation
@@ -29,6 +30,7 @@ from mdistiller.tasks.multilabel.config import MultiLabelConfig
 from mdistiller.tasks.multilabel.evaluate import average_precision, evaluate, metrics_of
 from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
+from mdistiller.training.task import get_task
 from mdistiller.types import Batch, Outputs
 
 CPU = World(torch.device("cpu"))
@@ -132,6 +134,23 @@ def root(tmp_path_factory):
 
 def config(root, **changes):
     return MultiLabelConfig(**(folder_settings(root) | changes))
+
+
+def test_a_teacher_s_outputs_follow_the_names(root, tmp_path):
+    task, file = get_task("multilabel"), tmp_path / "t.safetensors"
+    model = create_model("resnet8", 3).eval()
+    about = {"model": "resnet8", "options": {}, "image_size": 16}
+    given = config(root, method="binary_kd", teacher={"name": "resnet8", "checkpoint": file})
+    data = task.load_data(given)
+    assert tuple(data.classes) == ("blue", "green", "red")
+    save_student(file, model, about | {"classes": ["red", "green", "blue"]})
+    with pytest.warns(UserWarning, match="its classes were put into the data's order"):
+        teacher = task.build_teacher(given, data).eval()
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(teacher(images), model(images)[:, [2, 1, 0]])
+    save_student(file, model, about | {"classes": ["red", "green", "black"]})
+    with pytest.raises(CheckpointError, match="only in the data: blue; only in the model: black"):
+        task.build_teacher(given, data)
 
 
 @pytest.fixture(scope="module")
