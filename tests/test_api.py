@@ -529,7 +529,7 @@ WRONG = {
     ),
     "data": (wrong(data="digts"), "unknown data set or folder 'digts'; nearest: digits"),
     "no such run": (wrong(teacher=Path("nope")), "teacher: nope is no run folder or student's file"),
-    "labels of words": (wrong(data=((x, ["a"] * 32), DATA[1])), "data: train is no pair .* of tensors: "),
+    "labels of words": (wrong(data=((x, ["a"] * 32), DATA[1])), "data: labels of train are no tensor: "),
     "arrays alone": (wrong(data=(x.numpy(), y.numpy())), "data: got a tuple, without a test set; allowed"),
     "no test set": (wrong(data=DATA[0]), "data: got a tuple, without a test set; allowed"),
     "a Dataset alone": (wrong(data=Images(x, y)), "data: got a Images, without a test set; allowed"),

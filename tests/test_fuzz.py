@@ -29,7 +29,7 @@ from mdistiller.data import DataConfig, cifar, load_data
 from mdistiller.data.decoder import centre_crop, read_image
 from mdistiller.data.unpickle import read_pickle
 from mdistiller.deploy.export import export_student
-from mdistiller.deploy.predict import load_export
+from mdistiller.deploy.predict import load_export, load_predictor
 from mdistiller.errors import CheckpointError, ConfigError, DataError
 from mdistiller.methods import list_methods
 from mdistiller.models import load_weights
@@ -40,6 +40,7 @@ from mdistiller.runs.environment import environment
 from mdistiller.runs.folder import RunFolder
 from mdistiller.settings import explain
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.detection.models import create_detector
 from mdistiller.training.task import load_config
 from mdistiller.training.teacher_cache import Stream, TeacherCache
 
@@ -296,6 +297,42 @@ def test_exports(export, data):
     spoilt = data.draw(st.sampled_from(sorted(whole)))
     (out / spoilt).write_bytes(data.draw(damaged(whole[spoilt])))
     outcome(lambda: load_export(out, "cpu"), CheckpointError, ConfigError)
+
+
+@pytest.fixture(scope="module")
+def students(folder):
+    """The weights and the metadata of a classifier and of a detector."""
+    about = {"task": "classification", "model": "resnet8", "options": {}, "classes": ["a", "b"]}
+    about |= {"image_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+    sides = {"short_side": 32, "long_side": 48}
+    boxes = {"task": "detection", "model": "fcos_resnet18", "options": sides, "classes": ["a", "b"]}
+    boxes |= {"labels": [1, 2], "num_classes": 3}
+    detector = create_detector("fcos_resnet18", 3, **sides)
+    Image.new("RGB", (40, 32)).save(folder / "photo.png")
+    return [(create_model("resnet8", 2).state_dict(), about), (detector.state_dict(), boxes)]
+
+
+ENTRIES = ["task", "model", "options", "classes", "image_size", "mean", "std", "labels", "num_classes"]
+OPTIONS = ["short_side", "image_mean", "frozen_stages", "score_thresh", "topk_candidates", "num_classes"]
+three = st.lists(st.floats(-0.5, 1.5), min_size=3, max_size=3)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["classifier", "detector"])
+@settings(parent=fuzz, max_examples=max(EXAMPLES // 8, 1))
+@given(
+    entries=st.dictionaries(st.sampled_from(ENTRIES), anything | three, max_size=1),
+    options=st.dictionaries(st.sampled_from(OPTIONS), anything | three, max_size=1),
+)
+def test_metadata_of_students(folder, students, kind, entries, options):
+    weights, about = students[kind]
+    about = about | {"options": about["options"] | options} | entries
+    (folder / "s.safetensors").write_bytes(save(weights, {"mdistiller": json.dumps(about)}))
+
+    def read():
+        predictor = load_predictor(folder / "s.safetensors", "cpu")
+        return list(predictor.predict([folder / "photo.png"], 1))
+
+    outcome(read, CheckpointError, ConfigError)
 
 
 # Data

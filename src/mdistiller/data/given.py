@@ -55,10 +55,10 @@ def read_given(train: object, test: object, classes: Sequence[str] | None = None
     """Checks splits that are given as objects, and returns a name for them and their reader.
 
     A split is a `Dataset` whose items are (image, label), or a pair of tensors (images, labels): images
-    [N, H, W, 3], [N, 3, H, W] or gray [N, H, W], uint8 or float in [0, 1], and class ids. A label may be
-    None, or absent from the pair. Items that are squares of one size are kept in memory; others are read
-    again in each epoch, and cropped at random from the whole image. The name follows from the labels and
-    from 64 images of each split.
+    [N, H, W, 3], [N, 3, H, W] or gray [N, H, W], uint8 or float in [0, 1], and class ids [N] or, of images
+    of several classes each, 1, 0 or -100 (unknown) [N, classes]. A label may be None, or absent from the
+    pair. Items that are squares of one size are kept in memory; others are read again in each epoch, and
+    cropped at random from the whole image. The name follows from the labels and from 64 images of each split.
 
     Args:
         train: the images to train on.
@@ -158,16 +158,15 @@ def _read_split(given: object, split: str) -> ImageSet | ItemStream:
     sizes = {_read_pixels(given, i, split).shape[:2] for i in sample(given)}
     height, width = next(iter(sizes))
     if len(sizes) > 1 or height != width or len(given) * height * width * 3 > free_memory() / 2:
-        labels = torch.tensor(
-            [_label(_read_item(given, i, split)[1], f"{split}[{i}]") for i in range(len(given))]
-        )
+        found = [_label(_read_item(given, i, split)[1], f"{split}[{i}]") for i in range(len(given))]
+        labels = _as_labels(found, len(given), split)
         size = height if len(sizes) == 1 and height == width else _FILE_SIZE
         indices = torch.arange(len(given))
         return ItemStream(
             items=given, indices=indices, labels=labels, image_size=size, resize=size, split=split
         )
     images = torch.empty(len(given), height, width, 3, dtype=torch.uint8)
-    labels = torch.empty(len(given), dtype=torch.int64)
+    found = []
     for i in range(len(given)):
         image, label = _read_item(given, i, split)
         pixels = _pixels(image, f"{split}[{i}]")
@@ -176,14 +175,15 @@ def _read_split(given: object, split: str) -> ImageSet | ItemStream:
                 f"data: {split}[{i}] has {pixels.shape[0]} x {pixels.shape[1]} pixels, others {height} x "
                 f"{width}; allowed: squares of one size, or photographs of many sizes"
             )
-        images[i], labels[i] = torch.from_numpy(pixels), _label(label, f"{split}[{i}]")
-    return ImageSet(images=images, labels=labels)
+        images[i] = torch.from_numpy(pixels)
+        found.append(_label(label, f"{split}[{i}]"))
+    return ImageSet(images=images, labels=_as_labels(found, len(given), split))
 
 
-def _read_tensors(images: Tensor, labels: Tensor | None, split: str) -> ImageSet:
+def _read_tensors(images: Tensor, labels: object, split: str) -> ImageSet:
     try:
         labels = torch.full((len(images),), IGNORED) if labels is None else labels
-        images, labels = (torch.as_tensor(value).detach().cpu() for value in (images, labels))
+        images = torch.as_tensor(images).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"data: {split} is no pair (images, labels) of tensors: {error}") from error
     if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
@@ -197,19 +197,42 @@ def _read_tensors(images: Tensor, labels: Tensor | None, split: str) -> ImageSet
             f"data: images of {split} are {images.dtype} {list(images.shape)}; allowed: [N, H, W, 3], "
             "[N, 3, H, W] or gray [N, H, W], uint8 or float in [0, 1], not normalised"
         )
-    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != images.shape[:1]:
-        raise ConfigError(
-            f"data: labels of {split} are {labels.dtype} {list(labels.shape)}; allowed: a class id for each "
-            f"of the {len(images)} images, an integer tensor [{len(images)}]"
-        )
-    return ImageSet(images=images.contiguous(), labels=labels.long())
+    return ImageSet(images=images.contiguous(), labels=_as_labels(labels, len(images), split))
+
+
+def _as_labels(values: object, count: int, split: str) -> Tensor:
+    """Returns class ids, int64 [count]; for several classes an image 0, 1 or -100, float32 [count, C]."""
+    try:
+        labels = torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"data: labels of {split} are no tensor: {error}") from error
+    if labels.ndim == 2 and len(labels) == count and labels.shape[1] > 1:
+        values = labels.float()
+        if torch.isin(values, torch.tensor([0.0, 1.0, IGNORED])).all():
+            return values
+    elif labels.shape == (count,) and not (labels.is_floating_point() or labels.dtype == torch.bool):
+        return labels.long()
+    raise ConfigError(
+        f"data: labels of {split} are {labels.dtype} {list(labels.shape)}; allowed: a class id for each of "
+        f"the {count} images, an integer tensor [{count}]; or, for several classes an image, 1, 0 or "
+        f"{IGNORED} (unknown) for each class, [{count}, classes]"
+    )
 
 
 def _class_names(classes: Iterable[object] | None, splits: Found) -> tuple[str, ...]:
+    train, test = splits["train"].labels, splits["test"].labels
+    if train.shape[1:] != test.shape[1:]:
+        raise ConfigError(f"data: labels of train are {list(train.shape)}, of test {list(test.shape)}")
+    if classes is None and train.ndim == 2:
+        classes = range(train.shape[1])
     if classes is None:
-        highest = [int(splits[split].labels.max()) for split in ("train", "test")]
-        classes = range(max(2, 1 + (highest[0] if highest[0] >= 0 else highest[1])))
+        highest = int(train.max()) if int(train.max()) >= 0 else int(test.max())
+        classes = range(max(2, 1 + highest))
     names = tuple(map(str, classes))
+    if train.ndim == 2:
+        if len(names) != train.shape[1]:
+            raise ConfigError(f"data: labels are {list(train.shape)}, and there are {len(names)} classes")
+        return names
     for split, images in splits.items():
         wrong = images.labels[
             ((images.labels < 0) & (images.labels != IGNORED)) | (images.labels >= len(names))
@@ -247,9 +270,14 @@ def _read_pixels(items: Items, index: int, split: str) -> Pixels:
     return _pixels(_read_item(items, index, split)[0], f"{split}[{index}]")
 
 
-def _label(value: object, name: str) -> int:
+def _label(value: object, name: str) -> int | list[float]:
     if value is None:
         return IGNORED
+    if (
+        isinstance(value, list | tuple | np.ndarray | Tensor)
+        and len(several := np.asarray(value).ravel()) > 1
+    ):
+        return [float(each) for each in several]
     number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
     if isinstance(number, bool) or not isinstance(number, int):
         raise ConfigError(f"data: the label of {name} is {value!r}; allowed: a class id, an integer")

@@ -16,6 +16,8 @@ import mdistiller
 from mdistiller.cli.eval import EvalCommand
 from mdistiller.cli.predict import PredictCommand
 from mdistiller.data import DataConfig
+from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
+from mdistiller.data.given import read_given
 from mdistiller.deploy.export import export_student
 from mdistiller.errors import CheckpointError, ConfigError, TrainingError
 from mdistiller.losses import binary_cross_entropy
@@ -33,6 +35,7 @@ from mdistiller.training.launch import train
 from mdistiller.training.task import get_task
 from mdistiller.types import Batch, Outputs
 
+MEAN, STD = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
 CPU = World(torch.device("cpu"))
 
 
@@ -112,6 +115,47 @@ def test_processes_collect_all_images(monkeypatch):
 
 
 # Runs
+
+
+@pytest.mark.parametrize("form", ["integers", "booleans", "items"])
+def test_labels_from_python(tmp_path, form):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
+    labels = rng.integers(0, 2, (12, 3))
+    labels[0] = (1, 0, 1)
+    split = (images, labels.astype(bool) if form == "booleans" else labels)
+    if form == "items":
+        split = [(Image.fromarray(image), label.tolist()) for image, label in zip(*split, strict=True)]
+    data = {"train": split, "test": split, "classes": ["red", "green", "blue"]}
+    quick = {"epochs": 1, "batch_size": 4, "device": "cpu", "out": tmp_path / "run"}
+    run = mdistiller.distill("resnet8", None, data, "none", task="multilabel", **quick)
+    model = mdistiller.load_student(run.folder)
+    name, reader = read_given(split, split, data["classes"])
+    found = reader(DataConfig(kind=name))
+    assert found.classes == ("red", "green", "blue")
+    np.testing.assert_array_equal(found.train.labels.numpy(), labels)
+    whole = model((torch.tensor(images).permute(0, 3, 1, 2) / 255 - MEAN) / STD).detach().numpy()
+    precisions = [100 * average_precision_score(labels[:, i], whole[:, i]) for i in range(3)]
+    assert run.metrics[-1]["last"]["mAP"] == pytest.approx(np.mean(precisions), abs=1e-3)
+    with pytest.raises(ConfigError, match="task='multilabel'"):
+        mdistiller.distill("resnet8", None, data, "none", **quick | {"out": tmp_path / "other"})
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ([[0, 2]] * 4, [[0, 1]] * 4, r"float32 \[4, 2\]; allowed: .* 1, 0 or -100"),
+        ([[0, 1]] * 4, [[0, 1, 1]] * 4, r"labels of train are \[4, 2\], of test \[4, 3\]"),
+        ([[0, 1]] * 3 + [[1]], [[0, 1]] * 4, r"label of train\[3\] is \[1\]"),
+        ([[0, 1]] * 4, [0, 1, 1, 0], r"of test \[4\]"),
+        ([0, 1, 1, 0], [0, 1, 1, 0], "its images have one class each"),
+    ],
+)
+def test_labels_that_do_not_fit_are_errors(tmp_path, train, test, message):
+    image = torch.zeros(3, 8, 8)
+    data = tuple([(image, label) for label in labels] for labels in (train, test))
+    with pytest.raises(ConfigError, match=message):
+        mdistiller.distill("resnet8", None, data, "none", task="multilabel", out=tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,8 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         """
         if data.multi_label:
             raise ConfigError(
-                "data: its images have several classes each; allowed are the recipes multilabel.METHOD.MODELS"
+                "data: its images have several classes each; allowed are the recipes "
+                "multilabel.METHOD.MODELS (in Python task='multilabel')"
             )
 
     def build_model(self, config: ClassificationConfig, model: ModelConfig, data: Splits) -> nn.Module:
