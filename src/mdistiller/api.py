@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -25,7 +25,7 @@ from mdistiller.runs.progress import ProgressDisplay, Reporter
 from mdistiller.training import launch
 from mdistiller.training.deployment import Format
 from mdistiller.training.task import load_config
-from mdistiller.types import Line
+from mdistiller.types import Line, Summary
 
 Model = nn.Module | ModelConfig | Mapping[str, object] | str | Path
 """A module, a model's name, a run folder or a student's file, or the fields of a `ModelConfig`."""
@@ -85,7 +85,7 @@ class Run:
     ) -> None:
         load_plugins(plugins)
         self.path, self.objects = Path(path), Objects()
-        self._summary: Line | None = None
+        self._summary: Summary | None = None
         config = self.config
         known = (config.teacher, *config.more_teachers)
         given = [*teacher] if isinstance(teacher, Sequence) else [teacher]
@@ -137,14 +137,14 @@ class Run:
         return Metrics(read_metrics(self.folder))
 
     @property
-    def summary(self) -> Line:
+    def summary(self) -> Summary:
         """The last line of metrics.jsonl; ConfigError if the run has not ended."""
         if self._summary is not None:
             return self._summary
         lines = [line for line in self.metrics if line.get("kind") == "summary"]
         if not lines:
             raise ConfigError(f"summary: {self.path} has not ended; resume() continues it")
-        return lines[-1]
+        return cast(Summary, lines[-1])
 
     @property
     def student(self) -> nn.Module:

@@ -5,7 +5,7 @@ They are named tuples because DDP, `torch.compile` and `torch.export` traverse t
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, SupportsIndex
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypedDict
 
 import torch
 from torch import Tensor
@@ -182,3 +182,19 @@ def split(x: Tensor, count: int, num_views: int) -> list[Tensor]:
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Concatenates tensors; a single one is returned as it is."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+class Summary(TypedDict, total=False):
+    """The end of a run; `last` and `best` are metrics by name, after the last and the best epoch."""
+
+    kind: str
+    step: int
+    epochs: int
+    last: dict[str, float]
+    best: dict[str, float]
+    probe: dict[str, float]
+    stopped_early: bool
+    seconds: float
+    ms_per_step: float
+    student_parameters: int
+    method_parameters: int

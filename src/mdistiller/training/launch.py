@@ -4,6 +4,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from mdistiller.config import MEASURED, RunConfig, with_choices, with_choices_of
 from mdistiller.errors import Interrupted
@@ -16,7 +17,7 @@ from mdistiller.training.distributed import World, process_group, restarted
 from mdistiller.training.signals import stop_on_signals
 from mdistiller.training.task import get_task
 from mdistiller.training.trainer import Trainer, fit
-from mdistiller.types import Line
+from mdistiller.types import Summary
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class RunResult:
     """
 
     path: Path | None
-    summary: Line
+    summary: Summary
 
 
 def train(
@@ -85,7 +86,7 @@ def _run(
                 reporter.note(line)
         with stop_on_signals(world) as stop, stack.pop_all():  # a signal left over comes to a closed folder
             summary = fit(trainer, source, stop, reporter)
-        return RunResult(None if trainer.run is None else trainer.run.path, summary)
+        return RunResult(None if trainer.run is None else trainer.run.path, cast(Summary, summary))
 
 
 def _load(trainer: Trainer, config: RunConfig, reporter: Reporter) -> None:
