@@ -106,7 +106,6 @@ class Bench:
     def _steps(self, row: _Row, raws: Sequence[Batch]) -> None:
         trainer, source = row.trainer, row.source
         trainer.distiller.train()
-        source.augment.train()
         for start in range(0, len(raws), source.lookahead):
             batches = source.prepare(raws[start : start + source.lookahead], trainer.step)
             ahead = trainer.distiller.teacher_ahead

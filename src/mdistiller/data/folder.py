@@ -257,14 +257,11 @@ def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path | None, Path | No
     classes_only = train is None and any(path for name in others for path in images_below(root / name))
     if classes_only and others == found and config.val_fraction is not None and not tiny:
         train = root
-    if train is not None:
+    is_unlabelled = others and not tiny and all(name.lower() in UNLABELLED for name in others)
+    if train is not None or is_unlabelled:
         test = evaluation_split(config, splits["validation"], splits["test"])
-        if test is not None or config.val_fraction is not None:
+        if test is not None or (train is not None and config.val_fraction is not None):
             return train, test
-    if train is None and others and not tiny and all(name.lower() in UNLABELLED for name in others):
-        test = evaluation_split(config, splits["validation"], splits["test"])
-        if test is not None:
-            return None, test
     problem = "no train/"
     if train is not None:
         name = train.name + "/" * train.is_dir()

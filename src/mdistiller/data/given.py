@@ -105,19 +105,20 @@ def _read_splits(
 def _make_splits(
     found: Found, classes: tuple[str, ...], named: bool, config: DataConfig, description: str
 ) -> Splits:
-    placed = {split: _as_asked(images, config) for split, images in found.items()}
-    first = placed["train"]
-    size = first.image_size if isinstance(first, ItemStream) else first.images.shape[1]
-    crop = isinstance(first, ItemStream)
+    train, test = (_as_asked(found[split], config) for split in ("train", "test"))
+    if isinstance(train, ItemStream):
+        train, size = replace(train, random_crop=True), train.image_size
+    else:
+        size = train.images.shape[1]
     return Splits(
-        train=replace(first, random_crop=True) if isinstance(first, ItemStream) else first,
-        test=placed["test"],
+        train=train,
+        test=test,
         classes=classes,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         image_size=config.image_size or size,
         description=description,
-        crop="resized" if crop else "padded",
+        crop="resized" if isinstance(train, ItemStream) else "padded",
         named=named,
     )
 

@@ -203,10 +203,6 @@ class ImageBatches(BatchSource[Batch]):
             if isinstance(member, CachedTeacher):
                 member.precision = precision
 
-    def next_batches(self, step: int, limit: int) -> list[Batch]:
-        self.augment.train()
-        return super().next_batches(step, limit)
-
     def prepare(self, raw: Sequence[Batch], step: int) -> list[Batch]:
         """Augments the raw batches of some steps together.
 

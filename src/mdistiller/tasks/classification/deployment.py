@@ -1,7 +1,6 @@
 """Exported classifiers: graphs from images to logits, and the likeliest classes of images."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,7 +115,7 @@ image = image.crop((left, top, left + {size}, top + {size}))
             pixels = resize_images(centre_crop(image, side, side)[None], size)[0]
         else:
             pixels = centre_crop(image, fields.resize, size)
-        return _augment(mean, std, len(fields.classes)).normalise(pixels)
+        return Augment(AugmentConfig(), mean, std, 0).normalise(pixels)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Returns the probability of each class, from logits [B, classes]."""
@@ -186,8 +185,3 @@ def _form(fields: ModelInput) -> tuple[int, Triple, Triple]:
 
 def _images(count: int, size: int) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
-
-
-@lru_cache(maxsize=1)
-def _augment(mean: Triple, std: Triple, num_classes: int) -> Augment:
-    return Augment(AugmentConfig(), mean, std, num_classes)
