@@ -144,7 +144,6 @@ OVERRIDES = {
     "augment.erase": (["--augment.erase", "0.25"], 0.25),
     "augment.vertical_flip": (["--augment.vertical-flip"], True),
     "class_weights": (["--class-weights", "balanced"], "balanced"),
-    "data.sampler": (["--data.sampler", "balanced"], "balanced"),
     "data.ignored": (["--data.ignored", "other", "red car"], ("other", "red car")),
     "data.unlabelled": (["--data.unlabelled", "more"], Path("more")),
     "data.image_column": (["--data.image-column", "img"], "img"),

@@ -114,21 +114,6 @@ def test_an_image_of_an_epoch_is_the_same_in_any_batch(memory):
     assert sum(torch.equal(image, first[i]) for i, image in images(0).items()) < 8
 
 
-def test_an_image_that_comes_several_times_an_epoch_has_other_draws_each_time():
-    data = DATA.model_copy(update={"sampler": "balanced"})
-    splits = load_data(data)
-    labels = torch.zeros_like(splits.train.labels)
-    labels[:3] = torch.arange(1, 4)  # each of them comes ten times
-    made = config(data=data, augment=AugmentConfig(padding=4), batch_size=20)
-    found = batches.ImageBatches(made, replace(splits, train=replace(splits.train, labels=labels)), HERE)
-    batch = [found.next_batches(step, 1)[0] for step in range(2)]
-    index, image = (torch.cat([getattr(b, name) for b in batch]) for name in ("index", "image"))
-    for rare in range(3):
-        images = image[index == rare]
-        assert len(images) == 10
-        assert len(images.flatten(1).unique(dim=0)) > 7
-
-
 # Ahead of the student
 
 

@@ -728,14 +728,6 @@ def test_mixed_images_are_refused(tmp_path, alpha):
     config(tmp_path, augment=augment, method="none", teacher=None).check_cache()
 
 
-def test_the_balanced_sampler_is_refused(tmp_path):
-    data = DATA.model_copy(update={"sampler": "balanced"})
-    with pytest.raises(
-        ConfigError, match=r"teacher_cache: data.sampler balanced takes an image several times"
-    ):
-        config(tmp_path, data=data).check_cache()
-
-
 # Streamed images
 
 

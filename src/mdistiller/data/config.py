@@ -1,9 +1,10 @@
 """Configuration of data sets and augmentation."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mdistiller.data.cores import Workers
 from mdistiller.data.registry import get_reader
@@ -70,9 +71,6 @@ class DataConfig(Settings):
     workers: Workers = "auto"
     """Processes that decode a streamed set (0: the main one), or threads that decode a resident one. `auto`:
     one for each core that the process may use, at most 16."""
-    sampler: Literal["shuffle", "balanced"] = "shuffle"
-    """`shuffle`: each training image once an epoch. `balanced`: as many images an epoch, with each class
-    equally often; images without a class come once."""
     multi_label: bool = False
     """Read lists with several classes of each image; the recipes multilabel.… do."""
     ignored: tuple[str, ...] = ()
@@ -89,6 +87,14 @@ class DataConfig(Settings):
     def is_own(self) -> bool:
         """Whether the set is encoded images of one's own in `root`, scaled and cropped on reading."""
         return self.kind in ("folder", "hf")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, value: object) -> object:
+        """Leaves out the only value that `sampler` has had in configs of runs that can be read."""
+        if isinstance(value, Mapping) and value.get("sampler") == "shuffle":
+            return {name: value[name] for name in value if name != "sampler"}
+        return value
 
     @field_validator("kind")
     @classmethod

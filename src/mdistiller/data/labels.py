@@ -1,4 +1,4 @@
-"""Validation splits, balanced subsets, weights and orders, and label noise, each from one seed."""
+"""Validation splits, balanced subsets and weights, and label noise, each from one seed."""
 
 import numpy as np
 import torch
@@ -79,31 +79,3 @@ def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
     present = int((counts > 0).sum())
     weights = counts.sum() / (present * counts.clamp(min=1).double())
     return weights.masked_fill(counts == 0, 0.0).float()
-
-
-def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws an epoch, int64 [N], in which each class comes equally often, up to one sample.
-
-    A class has its samples in turn, as often as its share of the epoch needs; a random part of them has one
-    turn more. Samples without a class come once each. Labels are int64 [N].
-    """
-    others = (labels == IGNORED).nonzero()[:, 0]
-    _, counts = labels[labels != IGNORED].unique(return_counts=True)
-    members = labels.argsort(stable=True)[len(others) :].split(counts.tolist())  # -100 comes first
-    share, rest = divmod(len(labels) - len(others), max(len(members), 1))
-    one_more = set(torch.randperm(len(members), generator=generator)[:rest].tolist())
-    parts = [others]
-    for i, own in enumerate(members):
-        count = share + (i in one_more)
-        turns = -(-count // len(own))
-        drawn = [own[torch.randperm(len(own), generator=generator)] for _ in range(turns)]
-        parts.append(torch.cat([own[:0], *drawn])[:count])
-    order = torch.cat(parts)
-    return order[torch.randperm(len(order), generator=generator)]
-
-
-def earlier_turns(order: Tensor) -> Tensor:
-    """Counts how often the sample at each position of an order (int64 [N]) came before, int64 [N]."""
-    ranked, position = order.sort(stable=True)
-    turns = torch.arange(len(order)) - torch.searchsorted(ranked, ranked)
-    return torch.empty_like(turns).index_copy_(0, position, turns)

@@ -16,7 +16,6 @@ from mdistiller.data.augment import Augment
 from mdistiller.data.config import AugmentConfig
 from mdistiller.data.cores import Workers, count_workers
 from mdistiller.data.dataset import ImageSet, Splits, StreamSet
-from mdistiller.data.labels import balanced_order, earlier_turns
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.seeding import derive_seed
 from mdistiller.types import Batch
@@ -34,7 +33,6 @@ class Order(TypedDict, total=False):
     cycle: int | None  # epochs after which the views repeat; None: each epoch has a view of its own
     shuffle: bool  # draw a new order each epoch; otherwise keep the order of the set
     drop_last: bool  # leave out a smaller last batch
-    balance: Tensor | None  # class ids, each of which an epoch then has equally often
     rank: int  # number of this process
     world_size: int  # number of the processes that share each epoch
 
@@ -45,8 +43,7 @@ class SampleOrder:
     With `shuffle`, every rank has the same number of samples: the permutation of the epoch is repeated from
     its start until it divides evenly, and rank r gets every `world_size`-th sample from r. The i-th batches
     of all ranks together equal the i-th batch of one process with a `world_size` times larger batch. Without
-    `shuffle`, rank r gets the samples r, r + world_size, …: each sample once. With `balance`, the permutation
-    is a draw of as many samples with each class equally often.
+    `shuffle`, rank r gets the samples r, r + world_size, …: each sample once.
 
     Raises:
         DataError: An empty data set.
@@ -64,7 +61,6 @@ class SampleOrder:
         cycle: int | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
-        balance: Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -76,7 +72,7 @@ class SampleOrder:
             raise ConfigError(f"rank: got {rank}, allowed are 0 to world_size - 1 = {world_size - 1}")
         self.size = size
         self.device = torch.device(device)
-        self.seed, self.shuffle, self.drop_last, self.balance = seed, shuffle, drop_last, balance
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.crop_seed, self.cycle = seed if crop_seed is None else crop_seed, cycle
         self.rank, self.world_size = rank, world_size
         self.samples = math.ceil(size / world_size) if shuffle else len(range(rank, size, world_size))
@@ -104,23 +100,9 @@ class SampleOrder:
         """Returns the sample indices of this rank in an epoch, int64 on the CPU, the same for any device."""
         if not self.shuffle:
             return torch.arange(self.rank, self.size, self.world_size)
-        return self._deal(self._epoch(epoch))
-
-    def _epoch(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        if self.balance is not None:
-            return balanced_order(self.balance, generator)
-        return torch.randperm(self.size, generator=generator)
-
-    def _deal(self, values: Tensor) -> Tensor:
         wrapped = torch.arange(self.rank, self.samples * self.world_size, self.world_size) % self.size
-        return values[wrapped]
-
-    def turns(self, epoch: int) -> Tensor:
-        """Returns how often each sample of `order` came before in the epoch, int64."""
-        if not self.shuffle or self.balance is None:
-            return torch.zeros(self.samples, dtype=torch.int64)
-        return self._deal(earlier_turns(self._epoch(epoch)))
+        return torch.randperm(self.size, generator=generator)[wrapped]
 
 
 class ResidentLoader(SampleOrder):
@@ -183,8 +165,7 @@ class WorkerLoader(SampleOrder, Generic[T]):
     Args:
         size: number of samples.
         batch_size: that of this rank.
-        read: reads a sample by its position and the seed of the view, or raises DataError. A sample that
-            comes again in an epoch has another seed.
+        read: reads a sample by its position and the seed of the view, or raises DataError.
         collate: makes the samples of a batch one value, in the worker.
         on_error: whether an unreadable sample raises, or is left out with a warning.
         workers: number of processes. 0: the main process reads.
@@ -227,8 +208,7 @@ class WorkerLoader(SampleOrder, Generic[T]):
                 and an epoch without one in evaluation.
         """
         seed = derive_seed(self.crop_seed, self.view(epoch))
-        seeds = [seed if turn == 0 else derive_seed(seed, turn) for turn in self.turns(epoch).tolist()]
-        keys = list(zip(seeds, self.order(epoch).tolist(), strict=True))
+        keys = [(seed, position) for position in self.order(epoch).tolist()]
         starts = range(0, len(keys), self.batch_size)
         self._keys[:] = [keys[i : i + self.batch_size] for i in starts][first : len(self)]
         self._generator.manual_seed(seed)

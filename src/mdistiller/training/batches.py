@@ -142,7 +142,6 @@ class ImageBatches(BatchSource[Batch]):
             drop_last=config.drop_last,
             rank=world.rank,
             world_size=world.size,
-            balance=train.labels if config.data.sampler == "balanced" else None,
             workers=config.data.workers,
         )
         precision, layout = torch_dtype(config.precision), memory_format(config.layout)
@@ -226,10 +225,7 @@ class ImageBatches(BatchSource[Batch]):
         return batches
 
     def _draw(self, batch: Batch, step: int, epoch_view: int, view: int) -> Draw:
-        parts, numbers = [epoch_view], batch.index
-        if self.order.balance is not None:  # an image comes several times an epoch, even in a batch
-            parts, numbers = [step, self.world.rank], torch.arange(len(numbers), device=numbers.device)
-        draws = Draws(derive_seed(self.augment_seed, *parts, view, _AUGMENT), numbers)
+        draws = Draws(derive_seed(self.augment_seed, epoch_view, view, _AUGMENT), batch.index)
         if self.augment.config.mixup_alpha or self.augment.config.cutmix_alpha:
             # These depend on the images that meet in a batch.
             self.generator.manual_seed(derive_seed(self.config.seed, step, self.world.rank, _AUGMENT))

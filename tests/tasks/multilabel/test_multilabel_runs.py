@@ -297,7 +297,6 @@ def test_predictions_and_exports(root, teacher, tmp_path, capsys):
         ({"label_smoothing": 0.1}, r"label_smoothing: got 0.1; allowed in task multilabel is 0.0"),
         ({"class_weights": "balanced"}, "class_weights: got 'balanced'"),
         ({"diagnostics": True}, "diagnostics: got True"),
-        ({"data": {"sampler": "balanced"}}, r"data.sampler: got 'balanced'"),
     ],
 )
 def test_settings_for_one_class(root, changes, message):

@@ -85,15 +85,10 @@ class ClassificationConfig(RunConfig):
         their batch.
 
         Raises:
-            ConfigError: mixup or CutMix; with a cache the balanced sampler.
+            ConfigError: mixup or CutMix.
         """
         if not stored and (self.teacher_cache is None or not self.has_teacher):
             return
-        if not stored and self.data.sampler == "balanced":
-            raise ConfigError(
-                "teacher_cache: data.sampler balanced takes an image several times in an epoch, each time "
-                "with another crop, and the cache holds one crop an epoch; set data.sampler to shuffle"
-            )
         mixed = [name for name in ("mixup_alpha", "cutmix_alpha") if getattr(self.augment, name)]
         if mixed:
             raise ConfigError(

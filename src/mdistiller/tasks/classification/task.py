@@ -55,10 +55,6 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
     measure: ClassVar[Measure] = staticmethod(evaluate)
 
     def check(self, config: ClassificationConfig) -> None:
-        if config.class_weights == "balanced" == config.data.sampler:
-            raise ConfigError(
-                "class_weights: got 'balanced' beside data.sampler 'balanced'; allowed is one of them"
-            )
         config.check_cache()
         for model in (config.student, *config.teachers):
             if model.name != STORED or model is config.student:

@@ -34,7 +34,6 @@ class EmbedConfig(ClassificationConfig):
         "diagnostics": False,
         "probe_epochs": 0,
         "ensemble": "losses",
-        "data.sampler": "shuffle",
         "augment.mixup_alpha": 0,
         "augment.cutmix_alpha": 0,
     }

@@ -21,7 +21,6 @@ class MultiLabelConfig(ClassificationConfig):
         "label_smoothing": 0.0,
         "class_weights": "none",
         "diagnostics": False,
-        "data.sampler": "shuffle",
     }
 
     task: Literal["multilabel"] = "multilabel"  # type: ignore[assignment]
