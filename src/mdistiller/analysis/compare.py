@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdistiller.config import SELF, RunConfig
 from mdistiller.deploy.measure import count_macs, milliseconds
 from mdistiller.deploy.predict import Card, load_export
-from mdistiller.deploy.student import load_student, read_student, run_settings
+from mdistiller.deploy.student import StudentFile, open_student
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
 from mdistiller.models.weights import STUDENT_FILE, find_weights
 from mdistiller.report.bought import COMPARISON, ComparedModel, Comparison
@@ -22,7 +22,6 @@ from mdistiller.report.runs import RunRecord, find_baseline, group, load_run, ma
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.environment import this_machine
 from mdistiller.training.deployment import Model, ModelInput
-from mdistiller.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -31,35 +30,35 @@ class _Member:
 
     run: RunRecord
     label: str
-    task: Task
+    file: StudentFile
     config: RunConfig
-    fields: ModelInput
     data: Callable[[], Any]
     """Reads the test set on its first call."""
 
+    @property
+    def fields(self) -> ModelInput:
+        """Classes and form of the input of the run's models."""
+        return ModelInput(**self.file.fields)
+
     def images(self, count: int) -> Tensor:
         """Returns a batch of prepared images, on which the models are timed."""
-        deployment = self.task.deployment()
+        deployment = self.file.deployment
         images = deployment.example(self.fields, count, None)
         if images is None:
             images = deployment.example(self.fields, count, self.data())
         if images is None:
             sizes = ", ".join(map(str, deployment.batches))
-            raise ConfigError(f"batch: got {count}; allowed for a run of {self.task.name}: {sizes}")
+            raise ConfigError(f"batch: got {count}; allowed for a run of {self.file.task.name}: {sizes}")
         return images
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Entry:
     """A model to compare; `member` is the run whose test set and baseline it has."""
 
-    label: str
     member: _Member
     model: Model
-    parameters: int
-    macs: int
-    bytes: int | None
-    recorded: float | None
+    row: ComparedModel
     is_student: bool = False
 
 
@@ -96,34 +95,22 @@ def compare(
         raise DataError(f"the runs have different test sets ({', '.join(tests)}); compare runs with one")
     groups = group(runs)
     members = _members(runs, groups)
-    batches = batches or members[0].task.deployment().batches
+    batches = batches or members[0].file.deployment.batches
     shapes = [tuple(members[0].images(batch).shape) for batch in batches]
     entries = _entries(members, exports)
-    metrics = [_metric(entry) if evaluate else entry.recorded for entry in entries]
-    times: list[dict[int, float]] = [{} for _ in entries]
+    for entry in entries if evaluate else ():
+        entry.row = entry.row.model_copy(update={"metric": _metric(entry)})
     for batch in batches:
         calls = [(entry.model, entry.member.images(batch)) for entry in entries]
-        for row, ms in zip(times, milliseconds(calls, batch), strict=True):
-            row[batch] = ms
-    rows = [
-        ComparedModel(
-            label=entry.label,
-            metric=value,
-            over_alone=_over_alone(entry, value, entries, metrics, groups),
-            parameters=entry.parameters,
-            macs=entry.macs,
-            bytes=entry.bytes,
-            ms=ms_by_batch,
-        )
-        for entry, value, ms_by_batch in zip(entries, metrics, times, strict=True)
-    ]
+        for entry, ms in zip(entries, milliseconds(calls, batch), strict=True):
+            entry.row.ms[batch] = ms
     found = Comparison(
         test_set=tests[0],
         metric=runs[0].metric,
         measured=evaluate,
         machine=this_machine(),
         image_shape=shapes[0],
-        rows=rows,
+        rows=[e.row.model_copy(update={"over_alone": _over_alone(e, entries, groups)}) for e in entries],
     )
     for run in runs:
         try:
@@ -142,13 +129,12 @@ def _members(runs: Sequence[RunRecord], groups: Mapping[str, Sequence[RunRecord]
         label = label.replace("baseline:", "student alone:", 1)
         if len(seeds) > 1:
             label += f", seed {run.config.get('seed')}"
-        config = run_settings(run.path)
+        file = open_student(run.path)
+        config = file.config
         assert config is not None  # `load_run` has read it
-        task, metadata = read_student(find_weights(run.path))
-        fields = ModelInput(**task.deployment().card_fields(metadata, config))
         key = (config.data_settings or config).model_dump_json()
-        read = sets.setdefault(key, cache(partial(task.deployment().load_test_set, config)))
-        found.append(_Member(run, label, task, config, fields, read))
+        read = sets.setdefault(key, cache(partial(file.deployment.load_test_set, config)))
+        found.append(_Member(run, label, file, config, read))
     return found
 
 
@@ -170,7 +156,7 @@ def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry
     for member in sorted(members, key=lambda member: _rank(member, teacher_file)):
         is_teacher = _rank(member, teacher_file) == 0
         if is_teacher:
-            member = replace(member, label=found[0].label)
+            member = replace(member, label=found[0].row.label)
         student = _student(member)
         if not is_teacher:  # the teacher has a row
             found.append(student)
@@ -200,33 +186,32 @@ def _teacher(member: _Member) -> _Entry:
     if len(files) < len(config.teachers):  # a config is data: nothing is downloaded for it
         raise ConfigError(f"a teacher of {member.run.path} has no checkpoint file")
     for teacher in config.teachers:  # a backbone has no metric
-        member.task.check_model(teacher.name)
-    module = member.task.build_teacher(config, member.data()).eval()
-    model = member.task.deployment().as_model(module)
-    return _Entry(
-        label=f"teacher: {' + '.join(t.name for t in config.teachers)}",
-        member=member,
-        model=model,
-        parameters=sum(p.numel() for p in module.parameters()),
-        macs=count_macs(model, member.images(1)),
-        bytes=sum(file.stat().st_size for file in files),
-        recorded=make_row("", [member.run]).teacher,
-    )
+        member.file.task.check_model(teacher.name)
+    module = member.file.task.build_teacher(config, member.data()).eval()
+    label = f"teacher: {' + '.join(t.name for t in config.teachers)}"
+    return _entry(label, member, module, files, make_row("", [member.run]).teacher)
 
 
 def _student(member: _Member) -> _Entry:
-    module = load_student(member.run.path)
-    model = member.task.deployment().as_model(module)
-    return _Entry(
-        label=member.label,
-        member=member,
-        model=model,
+    module, file = member.file.load(), member.file.path
+    entry = _entry(member.label, member, module, [file], member.run.evals[-1].value)
+    return replace(entry, is_student=True)
+
+
+def _entry(
+    label: str, member: _Member, module: nn.Module, files: Sequence[Path], recorded: float | None
+) -> _Entry:
+    model = member.file.deployment.as_model(module)
+    row = ComparedModel(
+        label=label,
+        metric=recorded,
+        over_alone=None,
         parameters=sum(p.numel() for p in module.parameters()),
         macs=count_macs(model, member.images(1)),
-        bytes=(member.run.path / STUDENT_FILE).stat().st_size,
-        recorded=member.run.evals[-1].value,
-        is_student=True,
+        bytes=sum(file.stat().st_size for file in files),
+        ms={},
     )
+    return _Entry(member, model, row)
 
 
 def _export(folder: Path, member: _Member, student: _Entry) -> _Entry:
@@ -238,39 +223,36 @@ def _export(folder: Path, member: _Member, student: _Entry) -> _Entry:
             raise CheckpointError(f"{folder} has other {name} than {member.run.path}")
     kind = f"{card.format} int8" if card.int8 else card.format
     weights = "" if card.student == STUDENT_FILE else f" of {card.student}"
-    return _Entry(
+    row = ComparedModel(
         label=f"{member.label}, {kind}{weights}",
-        member=member,
-        model=exported.model,
+        metric=None if card.measured is None else card.measured.value,
+        over_alone=None,
         parameters=card.parameters,
-        macs=card.macs or student.macs,
+        macs=card.macs or student.row.macs,
         bytes=(folder / card.file).stat().st_size,
-        recorded=None if card.measured is None else card.measured.value,
+        ms={},
     )
+    return _Entry(member, exported.model, row)
 
 
 def _metric(entry: _Entry) -> float:
     """Computes the metric of a model on its run's test set."""
     member = entry.member
-    evaluate = member.task.deployment().evaluate
+    evaluate = member.file.deployment.evaluate
     (found,) = evaluate([entry.model], member.config, member.data(), torch.device("cpu"))
     return float(found[member.run.metric])
 
 
 def _over_alone(
-    entry: _Entry,
-    value: float | None,
-    entries: Sequence[_Entry],
-    metrics: Sequence[float | None],
-    groups: Mapping[str, Sequence[RunRecord]],
+    entry: _Entry, entries: Sequence[_Entry], groups: Mapping[str, Sequence[RunRecord]]
 ) -> float | None:
     """Returns a metric minus the mean of the student alone over seeds."""
-    run = entry.member.run
+    run, value = entry.member.run, entry.row.metric
     is_alone = run.teacher is None
     if value is None or (is_alone and entry.is_student):
         return None
     label = next(k for k, v in groups.items() if run in v) if is_alone else find_baseline(run, groups)
     paths = {member.path for member in groups.get(label or "", ())}
-    pairs = zip(entries, metrics, strict=True)
-    alone = [m for e, m in pairs if e.is_student and e.member.run.path in paths and m is not None]
+    students = [e.row.metric for e in entries if e.is_student and e.member.run.path in paths]
+    alone = [metric for metric in students if metric is not None]
     return value - statistics.fmean(alone) if alone else None

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command, parse_command, values_after
 from mdistiller.config import RunConfig
-from mdistiller.deploy.student import find_student, open_student, plugins_named, read_student, run_settings
+from mdistiller.deploy.student import find_student, open_student, plugins_named, run_settings
 from mdistiller.errors import ConfigError
 from mdistiller.methods import load_plugins
 from mdistiller.models import ModelConfig
@@ -154,15 +154,14 @@ def _find_model(name: str, checkpoint: Path | None) -> _Found:
             )
         source = Path(name)
         file = find_student(source)
-        run = run_settings(file.parent)
-        if run is None and "task" not in read_metadata(file):
+        if not (file.parent / CONFIG).is_file() and "task" not in read_metadata(file):
             raise ConfigError(
                 f"{file.parent} has no {CONFIG}; give the model's name and --checkpoint {source}"
             )
-        task, metadata = read_student(file)
-        if run is None:
-            run = _without_run(task, metadata)
-        return _Found(task, source, run, metadata.get("model", ""), metadata.get("options") or {})
+        student = open_student(file)
+        task, metadata = student.task, student.metadata
+        config = student.config or _without_run(task, metadata)
+        return _Found(task, source, config, metadata.get("model", ""), metadata.get("options") or {})
     if os.path.isdir(checkpoint) and (run := run_settings(checkpoint)) is not None:
         metadata = read_metadata(checkpoint)
         options = metadata["options"] if metadata.get("model") == name else {}

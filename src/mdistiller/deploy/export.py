@@ -29,7 +29,7 @@ from mdistiller.deploy.predict import (
     require_onnx,
     sha256,
 )
-from mdistiller.deploy.student import StudentFile, open_student, run_config, run_settings
+from mdistiller.deploy.student import StudentFile, open_student, run_config
 from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, one_line
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_student, write_text
@@ -87,7 +87,7 @@ def export_student(
         require_onnx(*_ONNX)
     target = pick_device(device)
     file = open_student(source, ema)
-    folder, deployment, config = file.path.parent, file.task.deployment(), run_settings(file.path.parent)
+    folder, deployment, config = file.path.parent, file.deployment, file.config
     out = Path(out or folder / "export" / f"{file.path.stem}-{format}{'-int8' * int8}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out: {out} is not an empty folder; choose another")
@@ -105,7 +105,7 @@ def export_student(
             _write_model(path, format, deployment, student, file.metadata, images)
             exported = open_model(path, format, deployment, torch.device("cpu"))
             check = _check(path, exported, deployment, student, file.metadata, rounds=int8)
-            fields = deployment.card_fields(file.metadata, config)
+            fields = dict(file.fields)
             data = _test_set(path, deployment, config) if evaluate and config is not None else None
             fields |= _cost(path, exported, deployment, ModelInput(**fields), student, data)
             if data is not None and config is not None:

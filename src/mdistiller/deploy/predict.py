@@ -17,7 +17,7 @@ from torch.export.passes import move_to_device_pass
 
 from mdistiller.data.decoder import read_image
 from mdistiller.deploy.measure import Speed
-from mdistiller.deploy.student import open_student, run_settings
+from mdistiller.deploy.student import open_student
 from mdistiller.errors import (
     CheckpointError,
     ConfigError,
@@ -210,10 +210,9 @@ def load_predictor(source: Path | str, device: str = "auto") -> Predictor:
     source = Path(source)
     if source.is_dir() and not any((source / name).is_file() for name in (STUDENT_FILE, CONFIG)):
         return load_export(source, device)
-    file = open_student(source)
-    deployment, picked = file.task.deployment(), pick_device(device)
-    fields = ModelInput(**deployment.card_fields(file.metadata, run_settings(file.path.parent)))
-    return Predictor(deployment, fields, open_model(file.path, "safetensors", deployment, picked), picked)
+    file, picked = open_student(source), pick_device(device)
+    model = open_model(file.path, "safetensors", file.deployment, picked)
+    return Predictor(file.deployment, ModelInput(**file.fields), model, picked)
 
 
 def load_export(folder: Path | str, device: str = "auto") -> Predictor:

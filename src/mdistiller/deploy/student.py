@@ -3,8 +3,9 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -21,27 +22,38 @@ from mdistiller.runs.checkpoint import save_student as write_student
 from mdistiller.runs.config_file import read_values
 from mdistiller.runs.folder import CONFIG, EMA_FILE
 from mdistiller.settings import explain
+from mdistiller.training.deployment import Deployment
 from mdistiller.training.task import DEFAULT_TASK, AnyTask, get_task
 from mdistiller.types import Line
 
 
-class StudentFile(NamedTuple):
+@dataclass(frozen=True)
+class StudentFile:
     """A student's file, with the task and the metadata that build its student."""
 
     path: Path
     task: AnyTask
     metadata: Line
 
+    @cached_property
+    def config(self) -> RunConfig | None:
+        """The config of the run, as `run_settings` reads it; None where it is not beside the file."""
+        return run_settings(self.path.parent)
+
+    @cached_property
+    def deployment(self) -> Deployment:
+        """The task's deployment."""
+        return self.task.deployment()
+
+    @cached_property
+    def fields(self) -> Line:
+        """The fields of a card about the student's classes, input and data."""
+        return self.deployment.card_fields(self.metadata, self.config)
+
     def load(self) -> nn.Module:
         """Builds the student, with its method's extension, in evaluation mode on the CPU."""
         with plugins_named(self.path.parent):
             return self.task.load_student(self.path, self.metadata)
-
-
-def open_student(source: Path, ema: bool = False) -> StudentFile:
-    """Finds a student's file, as `find_student`, and reads its metadata, as `read_student`."""
-    path = find_student(source, ema)
-    return StudentFile(path, *read_student(path))
 
 
 def load_student(source: str | Path, *, plugins: Sequence[str | Path] = ()) -> nn.Module:
@@ -156,8 +168,14 @@ def find_student(source: Path, ema: bool = False) -> Path:
     return file
 
 
-def read_student(file: Path) -> tuple[AnyTask, Line]:
-    """Reads the task and the metadata of a student's file; raises a CheckpointError for missing entries."""
+def open_student(source: Path, ema: bool = False) -> StudentFile:
+    """Finds a student's file, as `find_student`, and reads its task and metadata.
+
+    Raises:
+        CheckpointError: missing entries, or no student there.
+        ConfigError: as `find_student`.
+    """
+    file = find_student(source, ema)
     metadata = read_metadata(file)
     name = metadata.get("task")
     try:
@@ -171,7 +189,7 @@ def read_student(file: Path) -> tuple[AnyTask, Line]:
             f"{file} is no student of a run (no {', '.join(missing)} in its metadata); allowed: a run folder "
             "of `mdistiller train`, a student's .safetensors file from one, or a file of `save_student`"
         )
-    return task, metadata
+    return StudentFile(file, task, metadata)
 
 
 def run_config(folder: Path) -> Line:
