@@ -208,12 +208,13 @@ def pool_to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return pool_to(first, size), pool_to(second, size)
 
 
-def check_shapes(student: Tensor, teacher: Tensor, shape: str) -> None:
-    """Raises a ConfigError for features that do not both have a shape such as `B, C, H, W`."""
+def check_shapes(
+    student: Tensor, teacher: Tensor, shape: str, names: str = "student and teacher features"
+) -> None:
+    """Raises a ConfigError for tensors that do not both have a shape such as `B, C, H, W`."""
     if student.shape != teacher.shape or student.ndim != len(shape.split()):
         raise ConfigError(
-            f"student and teacher features must have one shape [{shape}]; "
-            f"got {list(student.shape)} and {list(teacher.shape)}"
+            f"{names} must have one shape [{shape}]; got {list(student.shape)} and {list(teacher.shape)}"
         )
 
 

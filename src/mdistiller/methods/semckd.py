@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import STAGES, Card, Example, Losses, Method, Scalar, exact, promote, unit
-from mdistiller.methods.features import FeatureConfig, pool_to_smaller, spread, stages, to_map
+from mdistiller.methods.features import FeatureConfig, check_shapes, pool_to_smaller, spread, stages, to_map
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_loss
 from mdistiller.methods.registry import register_method
@@ -33,11 +33,7 @@ def semckd_loss(distances: Float[Tensor, "b s t"], attention: Float[Tensor, "b s
 
     Source: Chen et al., AAAI 2021, the calibrated loss between layers; equals the authors' code.
     """
-    if distances.shape != attention.shape or distances.ndim != 3:
-        raise ConfigError(
-            f"distances and attention must have one shape [B, S, T]; "
-            f"got {list(distances.shape)} and {list(attention.shape)}"
-        )
+    check_shapes(distances, attention, "B, S, T", "distances and attention")
     return (promote(attention) * promote(distances)).sum(2).mean()
 
 

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses, Method, MethodConfig, Needs, promote
+from mdistiller.methods.features import check_shapes
 from mdistiller.types import IGNORED, Batch, Outputs
 
 
@@ -39,7 +39,7 @@ def bckd_loss(
     Source: Yang et al., ICCV 2023, binary classification distillation loss. The weight has a gradient too,
     as in the authors' code.
     """
-    _check(student_logits, teacher_logits)
+    check_shapes(student_logits, teacher_logits, "n, C", "student and teacher logits")
     student, target = promote(student_logits), promote(teacher_logits).sigmoid()
     weight = (target - student.sigmoid()).abs()
     loss = F.binary_cross_entropy_with_logits(student, target, reduction="none")
@@ -75,19 +75,11 @@ def bckd_box_loss(
     """
     from torchvision.ops import generalized_box_iou_loss
 
-    _check(student_logits, teacher_logits)
+    check_shapes(student_logits, teacher_logits, "n, C", "student and teacher logits")
     with torch.no_grad():
         weight = (promote(teacher_logits).sigmoid() - promote(student_logits).sigmoid()).abs().amax(1)
     distance: Tensor = generalized_box_iou_loss(promote(student_boxes), promote(teacher_boxes))
     return (weight * distance).sum() / torch.as_tensor(count).clamp(min=1)
-
-
-def _check(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    if student_logits.shape != teacher_logits.shape or student_logits.ndim != 2:
-        raise ConfigError(
-            f"student and teacher logits must have one shape [N, C]; "
-            f"got {list(student_logits.shape)} and {list(teacher_logits.shape)}"
-        )
 
 
 class BCKDConfig(MethodConfig):

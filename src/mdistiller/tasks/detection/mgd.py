@@ -11,9 +11,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses, promote
-from mdistiller.methods.features import FeatureConfig, Weight
+from mdistiller.methods.features import FeatureConfig, Weight, check_shapes
 from mdistiller.tasks.detection.adapter import Kind
 from mdistiller.tasks.detection.levels import LevelMethod, positions_in_papers, settled, without_pooled
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -32,15 +31,11 @@ def mgd_loss(
         A scalar, the mean over the B images.
 
     Raises:
-        ConfigError: maps of different shapes.
+        ConfigError: maps of different shapes or not [B, C, H, W].
 
     Source: Yang et al., ECCV 2022, equation 4; the division by the number of images is of the authors' code.
     """
-    if generated.shape != teacher_features.shape:
-        raise ConfigError(
-            f"the generated and the teacher's features must have one shape [B, C, H, W]; "
-            f"got {list(generated.shape)} and {list(teacher_features.shape)}"
-        )
+    check_shapes(generated, teacher_features, "B, C, H, W", "the generated and the teacher's features")
     return (promote(generated) - promote(teacher_features)).square().sum() / len(generated)
 
 

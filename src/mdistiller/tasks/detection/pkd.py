@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses, promote
-from mdistiller.methods.features import FeatureConfig, Weight
+from mdistiller.methods.features import FeatureConfig, Weight, check_shapes
 from mdistiller.tasks.detection.adapter import Kind
 from mdistiller.tasks.detection.levels import LevelMethod, without_pooled
 from mdistiller.types import Batch, Outputs
@@ -32,15 +31,11 @@ def pkd_loss(
         A scalar in [0, 2].
 
     Raises:
-        ConfigError: maps of different shapes.
+        ConfigError: maps of different shapes or not [B, C, H, W].
 
     Source: Cao et al., NeurIPS 2022, equations 2 to 5.
     """
-    if student_features.shape != teacher_features.shape:
-        raise ConfigError(
-            f"student and teacher features must have one shape [B, C, H, W]; "
-            f"got {list(student_features.shape)} and {list(teacher_features.shape)}"
-        )
+    check_shapes(student_features, teacher_features, "B, C, H, W")
     return (_standardise(student_features) - _standardise(teacher_features)).square().mean() / 2
 
 
