@@ -250,11 +250,9 @@ class Sum(Method[SumConfig]):
             _check_part(part_config, field)
         self.parts = nn.ModuleDict(dict(zip(config.parts(), parts, strict=True)))
         self.weights: dict[str, float] = {field: getattr(config, f"{field}_weight") for field in self.parts}
-        self.student_taps = tuple(dict.fromkeys(t for p in parts for t in tap_names(p.student_taps)))
         self.teacher_taps = tuple(dict.fromkeys(t for p in parts for t in tap_names(p.teacher_taps)))
-        self.needs = joined_needs(self, parts)
+        join(self, parts)
         self.name = config.name
-        self.has_unlabelled = any(part.has_unlabelled for part in parts)
 
     def extend_student(self, student: nn.Module) -> nn.Module:
         for part in self.parts.values():
@@ -277,11 +275,14 @@ class Sum(Method[SumConfig]):
         return losses
 
 
-def joined_needs(whole: Method, parts: Sequence[Method]) -> Needs:
-    """Returns the needs of a method made of others: its own, and those of all parts."""
+def join(whole: Method, parts: Sequence[Method]) -> None:
+    """Adds needs, student taps and `has_unlabelled` of all parts to those of a method made of them."""
     # Only a part that reads labels can need all of them.
     found = [replace(p.needs, every_label=p.needs.labels and p.needs.every_label) for p in parts]
-    return Needs(*map(max, zip(*map(astuple, (whole.needs, *found)), strict=True)))
+    whole.needs = Needs(*map(max, zip(*map(astuple, (whole.needs, *found)), strict=True)))
+    every = whole, *parts
+    whole.student_taps = tuple(dict.fromkeys(tap for m in every for tap in tap_names(m.student_taps)))
+    whole.has_unlabelled = any(m.has_unlabelled for m in every)
 
 
 class WrapperConfig(ComposedConfig):
@@ -347,7 +348,7 @@ class Wrapper(Method[WrapperConfigT]):
         self.base = base
         if base.student_taps or base.teacher_taps:
             raise self._refusal(base.name)
-        self.needs = joined_needs(self, [base])
+        join(self, [base])
         self.name = config.name
 
     def extend_student(self, student: nn.Module) -> nn.Module:

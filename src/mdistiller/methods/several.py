@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Losses, Method, Needs
-from mdistiller.methods.compose import joined_needs
+from mdistiller.methods.compose import join
 from mdistiller.taps import tap_names
 from mdistiller.types import Batch, Outputs
 
@@ -47,13 +47,11 @@ class Several(Method):
             )
         if not 0 <= dropout < 1:
             raise ConfigError(f"teacher_dropout: got {dropout}; allowed: a probability in [0, 1)")
-        self.student_taps = tuple(dict.fromkeys(t for p in parts for t in tap_names(p.student_taps)))
         self.teacher_taps = tuple(
             f"{i}/{tap}" for i, p in enumerate(parts) for tap in tap_names(p.teacher_taps)
         )
-        self.needs = joined_needs(self, parts)
+        join(self, parts)
         self.name = ", ".join(dict.fromkeys(part.name for part in parts))
-        self.has_unlabelled = any(part.has_unlabelled for part in parts)
 
     def extend_student(self, student: nn.Module) -> nn.Module:
         for part in self.parts:
