@@ -28,10 +28,8 @@ def tune(data: str, config: MethodConfig, pair: str, beta: float | None = None) 
 
 
 def _tune_parts(data: str, config: MethodConfig, pair: str, beta: float | None) -> MethodConfig:
-    parts = {name: part for name, part in config if isinstance(part, MethodConfig)}
-    return config.model_copy(
-        update={name: _tune_part(data, part, pair, beta) for name, part in parts.items()}
-    )
+    parts = {name: _tune_part(data, part, pair, beta) for name, part in config.parts().items()}
+    return config.model_copy(update=parts)
 
 
 def _tune_part(data: str, config: MethodConfig, pair: str, beta: float | None) -> MethodConfig:
