@@ -149,10 +149,8 @@ def notes_of(found: Sequence[Result], command: str, teachers: Mapping[str, float
 
 def _teacher_text(name: str, top1: float, found: Sequence[Result]) -> str:
     """Returns a teacher's top-1 and its difference to the published teacher of the same name."""
-    cell = next((cell for cell, _ in found if cell.teacher is not None and cell.teacher.key == name), None)
-    known = None
-    if cell is not None and cell.status:
-        family = find_family(cell.config.recipe.partition(".")[0])
-        known = teacher_top1(family.published, name) if family and family.published else None
+    cell = next(cell for cell, _ in found if cell.teacher is not None and cell.teacher.key == name)
+    family = find_family(cell.config.recipe.partition(".")[0]) if cell.status else None
+    known = teacher_top1(family.published, name) if family and family.published else None
     more = "" if known is None else f" (published {known[0]:.2f} %, difference {top1 - known[0]:+.2f})"
     return f"{name} {top1:.2f} %{more}"
