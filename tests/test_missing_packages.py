@@ -16,7 +16,7 @@ from mdistiller.errors import EXTRAS, MissingPackageError, install_command
 from mdistiller.models import create_model
 from mdistiller.runs.loggers import LOGGERS, Loggers
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.detection.task import DetectionEvaluator
+from mdistiller.tasks.detection.evaluate import DetectionEvaluator
 
 ROOT = Path(__file__).parents[1]
 

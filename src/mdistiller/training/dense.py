@@ -1,4 +1,4 @@
-"""Fields of configs, splits and checks for detection and segmentation."""
+"""The base of detection and segmentation: fields of configs, splits, checks and the task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -22,10 +22,15 @@ from mdistiller.data.labels import stratified_cut
 from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.models.backbone import is_backbone
+from mdistiller.models.weights import read_metadata
 from mdistiller.settings import Settings
+from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment, Model
 from mdistiller.training.distributed import World
-from mdistiller.types import Line
+from mdistiller.training.precision import lay_out, memory_format
+from mdistiller.training.task import Task
+from mdistiller.training.trainer import Evaluator
+from mdistiller.types import AnyBatch, Line
 
 Split = Literal["train", "test"]
 M = TypeVar("M", bound=ModelConfig)
@@ -201,18 +206,6 @@ class DenseSet(Protocol):
         """What the files do not tell, for each image, as plain values."""
 
 
-def identify(splits: DenseSplits[Any], workers: Workers) -> dict[str, str]:
-    """Returns hashes by which a resumed run knows its data, as `data.identity.identify`."""
-    train: DenseSet = splits.train
-    test: DenseSet = splits.test
-    labels = hashlib.sha256(repr(train.classes).encode())
-    for label in chain(train.labels, test.labels):
-        labels.update(repr(label).encode())
-    parts = {"training images": train.files, "test images": test.files}
-    found = {name: hash_all(files, workers) for name, files in parts.items() if len(files) <= COMPARED}
-    return {"labels": labels.hexdigest(), **found}
-
-
 Images = TypeVar("Images")
 
 
@@ -229,17 +222,16 @@ class DenseDeployment(Deployment):
     """Export of models of images of any size, measured on the test set, one image at a time."""
 
     batches = (1,)
+    load_split: ClassVar[Callable[..., Any]]
+    """Function that reads a split of a config of data."""
     evaluator: ClassVar[type[Any]]
     """Class of the metrics, made from a config, the test images and this process."""
     module: ClassVar[type[nn.Module]]
     """Class of the module of a `Model` that `evaluator` takes."""
 
-    @abstractmethod
-    def read_test_set(self, config: RunConfig) -> Any:
-        """Reads the test images of a run; errors as `load_test_set`."""
-
     def load_test_set(self, config: RunConfig) -> DenseSplits[Any]:
-        images = self.read_test_set(config)
+        assert isinstance(config, DenseConfig)
+        images = self.load_split(config.data, "test")
         return DenseSplits(train=images, test=images, description="")
 
     def evaluate(
@@ -249,3 +241,59 @@ class DenseDeployment(Deployment):
         evaluate = self.evaluator(float32, data.test, World(device))
         found = (evaluate(self.module(model)) for model in models)
         return [{**metrics, "agreement": None, "images": len(data.test)} for metrics in found]
+
+
+C = TypeVar("C", bound=DenseConfig)
+B = TypeVar("B", bound=AnyBatch)
+
+
+class DenseTask(Task[C, DenseSplits[Images], B]):
+    """A task with images of several sizes, whose models are found by `Config.check_name`."""
+
+    Config: ClassVar[type[DenseConfig]]
+    build: ClassVar[Callable[..., nn.Module]]
+    """Function that builds a `ModelConfig` for a number of classes, with its checkpoint loaded."""
+    exports: ClassVar[DenseDeployment]
+
+    def identify(self, config: C, data: DenseSplits[Images]) -> dict[str, str]:
+        train, test = (cast(DenseSet, images) for images in (data.train, data.test))
+        labels = hashlib.sha256(repr(train.classes).encode())
+        for label in chain(train.labels, test.labels):
+            labels.update(repr(label).encode())
+        parts = {"training images": train.files, "test images": test.files}
+        workers = config.data.workers
+        found = {name: hash_all(files, workers) for name, files in parts.items() if len(files) <= COMPARED}
+        return {"labels": labels.hexdigest(), **found}
+
+    def make_evaluator(
+        self,
+        config: C,
+        data: DenseSplits[Images],
+        source: BatchSource[B],
+        teacher: nn.Module | None,
+        world: World,
+    ) -> Evaluator:
+        return cast(Evaluator, self.exports.evaluator(config, data.test, world))
+
+    def evaluate(self, config: C, model: ModelConfig, world: World, predictions: Path | None = None) -> Line:
+        self.check_model(model.name)  # a wrong name must not wait for the data
+        assert model.checkpoint is not None
+        trained = read_metadata(model.checkpoint).get("classes")
+        images = self.exports.load_split(config.data, "test")
+        advice = ": evaluate it on data of its own"
+        check_classes(f"data: {model.checkpoint}", trained, images.classes, advice)
+        network = self.build(model, images.num_classes).to(world.device)
+        lay_out(network, memory_format(config.layout))
+        evaluate = self.exports.evaluator(config, images, world)
+        file = {} if predictions is None else {"predictions": predictions}
+        return {**evaluate(network, **file), "images": len(images)}
+
+    def load_student(self, file: Path, metadata: Line) -> nn.Module:
+        model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
+        return self.build(model, metadata.get("num_classes", len(metadata["classes"]))).eval()
+
+    def check_model(self, name: str) -> None:
+        self.Config.check_name(name)
+
+    def deployment(self) -> Deployment:
+        return self.exports

@@ -549,7 +549,7 @@ def statistics(inputs, momentum=0.1):
 
 def test_compare(runs, data, tmp_path, capsys, monkeypatch):
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr("mdistiller.tasks.detection.task.check_detector", lambda name: None)
+    monkeypatch.setattr(DetectionConfig, "check_name", staticmethod(lambda name: None))
     folder, _ = runs
     student, alone = tmp_path / "student", tmp_path / "alone"
     shutil.copytree(folder / "student", student)

@@ -64,7 +64,7 @@ class DetectorDeployment(DenseDeployment):
     outputs = ("boxes", "labels", "scores")
     hub_task = "object-detection"
     predictions = "boxes"
-    evaluator, module = DetectionEvaluator, _FromModel
+    load_split, evaluator, module = staticmethod(load_split), DetectionEvaluator, _FromModel
 
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
         labels = metadata.get("labels", range(1, len(metadata["classes"]) + 1))
@@ -147,9 +147,10 @@ for box, label, score in zip(boxes, labels, scores):
     ) -> Tensor | None:
         return None if data is None or count > 1 else data.test.read(0)[0].float() / 255
 
-    def read_test_set(self, config: RunConfig) -> DetectionSet:
+    def load_test_set(self, config: RunConfig) -> DenseSplits[Any]:
         assert isinstance(config, DetectionConfig)
-        return load_split(config.data.replace(masks=False), "test")
+        boxes = config.data.replace(masks=False)
+        return super().load_test_set(config.model_copy(update={"data": boxes}))
 
     def format_prediction(self, prediction: Box) -> str:
         box = " ".join(f"{value:.1f}" for value in prediction[2:])

@@ -1,12 +1,10 @@
 """Object detection as a task."""
 
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
-from mdistiller.config import RunConfig
 from mdistiller.data.loader import Order
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
@@ -21,8 +19,8 @@ from mdistiller.tasks.detection.coco import DetectionSet, train_transform
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
 from mdistiller.tasks.detection.distiller import DetectionDistiller, freeze
-from mdistiller.tasks.detection.evaluate import METRICS, DetectionEvaluator
-from mdistiller.tasks.detection.layouts import load_detection, load_split
+from mdistiller.tasks.detection.evaluate import METRICS
+from mdistiller.tasks.detection.layouts import load_detection
 from mdistiller.tasks.detection.levels import settle
 from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.tasks.detection.methods import (
@@ -33,18 +31,15 @@ from mdistiller.tasks.detection.methods import (
 )
 from mdistiller.tasks.detection.models import (
     build_detector,
-    check_detector,
     known_detectors,
     resolve_options,
 )
 from mdistiller.tasks.detection.weights import build_for_data
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
-from mdistiller.training.dense import DenseSplits, check_classes, identify
-from mdistiller.training.deployment import Deployment
+from mdistiller.training.dense import DenseSplits, DenseTask, check_classes
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import lay_out, memory_format
-from mdistiller.training.task import Task
+from mdistiller.training.precision import memory_format
 from mdistiller.types import Line
 
 
@@ -58,11 +53,11 @@ class DetectionBatches(BatchSource[DetectionBatch]):
 DetectionSplits = DenseSplits[DetectionSet]
 
 
-class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
+class DetectionTask(DenseTask[DetectionConfig, DetectionSet, DetectionBatch]):
     """Detection of objects by detectors of torchvision, of transformers and of one's own."""
 
     name = "detection"
-    Config: ClassVar[type[RunConfig]] = DetectionConfig
+    Config, build, exports = DetectionConfig, staticmethod(build_detector), DetectorDeployment()
     metadata_keys = ("model", "options", "classes", "num_classes")
     pretrained_flag = "--teacher torchvision/NAME --teacher.options weights DEFAULT"
     fixed_shapes = False
@@ -75,9 +70,6 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
         if all(annotation.get("iscrowd") for annotation in data.test.ground_truth["annotations"]):
             raise ConfigError(f"data: the test images of {config.data.root} have no object")
         return data
-
-    def identify(self, config: DetectionConfig, data: DetectionSplits) -> dict[str, str]:
-        return identify(data, config.data.workers)
 
     def build_model(self, config: DetectionConfig, model: ModelConfig, data: DetectionSplits) -> nn.Module:
         return build_for_data(model, data, new=model is not config.teacher, **config.augment.size)
@@ -106,7 +98,7 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
         return DetectionDistiller(student, teacher, method, pseudo_score=config.data.pseudo_score)
 
     def build_teacher(self, config: DetectionConfig, data: DetectionSplits) -> nn.Module:
-        if config.teacher is not None and is_backbone(config.teacher.name, check_detector):
+        if config.teacher is not None and is_backbone(config.teacher.name, config.check_name):
             return build_backbone(config.teacher, InputConfig((0.0,) * 3, (1.0,) * 3))
         model = super().build_teacher(config, data)  # tells a missing file or another number of classes first
         checkpoint = config.teacher.checkpoint if config.teacher is not None else None
@@ -123,29 +115,6 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
         images = config.batch_size // world.size
         loader = DetectionLoader(data.train, images, transform=change, workers=workers, **order)
         return DetectionBatches(loader, world, memory_format=memory_format(config.layout))
-
-    def make_evaluator(
-        self,
-        config: DetectionConfig,
-        data: DetectionSplits,
-        source: BatchSource[DetectionBatch],
-        teacher: nn.Module | None,
-        world: World,
-    ) -> DetectionEvaluator:
-        return DetectionEvaluator(config, data.test, world)
-
-    def evaluate(
-        self, config: DetectionConfig, model: ModelConfig, world: World, predictions: Path | None = None
-    ) -> Line:
-        self.check_model(model.name)  # a wrong name must not wait for the data
-        assert model.checkpoint is not None
-        trained = read_metadata(model.checkpoint).get("classes")
-        images = load_split(config.data, "test")
-        check_classes(f"data: {model.checkpoint}", trained, images.classes)
-        detector = build_detector(model, images.num_classes).to(world.device)
-        lay_out(detector, memory_format(config.layout))
-        metrics = DetectionEvaluator(config, images, world)(detector, predictions=predictions)
-        return {**metrics, "images": len(images)}
 
     def format_metrics(self, metrics: Line) -> list[str]:
         masks = metrics.get("masks")
@@ -166,21 +135,11 @@ class DetectionTask(Task[DetectionConfig, DetectionSplits, DetectionBatch]):
             "labels": [label for label, _, _ in data.train.categories],
         }
 
-    def load_student(self, file: Path, metadata: Line) -> nn.Module:
-        model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
-        return build_detector(model, metadata["num_classes"]).eval()
-
-    def check_model(self, name: str) -> None:
-        check_detector(name)
-
     def list_models(self) -> list[Line]:
         return [{"name": name, "from": origin} for name, origin in known_detectors().items()]
 
     def list_methods(self) -> list[Line]:
         return [describe(name) for name in list_detection_methods()]
-
-    def deployment(self) -> Deployment:
-        return DetectorDeployment()
 
 
 def _summary(metrics: Line) -> str:

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.tasks.segmentation.config import SegmentationConfig
 from mdistiller.tasks.segmentation.data import SegmentationSet, load_split, palette
 from mdistiller.tasks.segmentation.evaluate import SegmentationEvaluator, classify
 from mdistiller.tasks.segmentation.loader import normalise, scaled, to_tensor
@@ -34,7 +33,7 @@ class SegmenterDeployment(DenseDeployment):
     outputs = ("logits",)
     hub_task = "image-segmentation"
     predictions = "classes"
-    evaluator, module = SegmentationEvaluator, ModuleOf
+    load_split, evaluator, module = staticmethod(load_split), SegmentationEvaluator, ModuleOf
 
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
         fields = {name: metadata[name] for name in ("classes", "mean", "std")}
@@ -107,10 +106,6 @@ for index in np.unique(mask):
         if data is None:
             return None
         return self.prepare(fields, data.test.read(0)[0]).expand(count, -1, -1, -1).contiguous()
-
-    def read_test_set(self, config: RunConfig) -> SegmentationSet:
-        assert isinstance(config, SegmentationConfig)
-        return load_split(config.data, "test")
 
     def format_prediction(self, prediction: Share) -> str:
         return f"{100 * prediction.share:6.2f} %  {prediction.name}"

@@ -1,12 +1,11 @@
 """Semantic segmentation as a task."""
 
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.config import SELF, RunConfig
+from mdistiller.config import SELF
 from mdistiller.data.loader import Order
 from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
@@ -14,12 +13,11 @@ from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
 from mdistiller.models.backbone import is_backbone
 from mdistiller.models.external import InputConfig, tap_points
-from mdistiller.models.weights import find_weights, read_metadata
+from mdistiller.models.weights import read_metadata
 from mdistiller.tasks.classification.models import build_backbone
 from mdistiller.tasks.segmentation.config import SegmentationConfig
-from mdistiller.tasks.segmentation.data import SegmentationSet, load_segmentation, load_split
+from mdistiller.tasks.segmentation.data import SegmentationSet, load_segmentation
 from mdistiller.tasks.segmentation.deployment import SegmenterDeployment
-from mdistiller.tasks.segmentation.evaluate import SegmentationEvaluator
 from mdistiller.tasks.segmentation.loader import SegmentationLoader
 from mdistiller.tasks.segmentation.methods import build_method
 from mdistiller.tasks.segmentation.pixels import PixelLoss
@@ -33,21 +31,20 @@ from mdistiller.tasks.segmentation.segmenter import (
 )
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
-from mdistiller.training.dense import DenseSplits, check_classes, identify
-from mdistiller.training.deployment import Deployment
+from mdistiller.training.dense import DenseSplits, DenseTask, check_classes
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import lay_out, memory_format, torch_dtype
-from mdistiller.training.task import Task, try_single_image
+from mdistiller.training.precision import memory_format, torch_dtype
+from mdistiller.training.task import try_single_image
 from mdistiller.types import IGNORED, Batch, DataInfo, Line
 
 SegmentationSplits = DenseSplits[SegmentationSet]
 
 
-class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
+class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
     """Segmentation of images: a class for each pixel."""
 
     name = "segmentation"
-    Config: ClassVar[type[RunConfig]] = SegmentationConfig
+    Config, build, exports = SegmentationConfig, staticmethod(build_segmenter), SegmenterDeployment()
     metadata_keys = ("model", "options", "classes", "short_side", "mean", "std")
 
     def check(self, config: SegmentationConfig) -> None:
@@ -65,9 +62,6 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
 
     def load_data(self, config: SegmentationConfig) -> SegmentationSplits:
         return load_segmentation(config.data)
-
-    def identify(self, config: SegmentationConfig, data: SegmentationSplits) -> dict[str, str]:
-        return identify(data, config.data.workers)
 
     def build_model(
         self, config: SegmentationConfig, model: ModelConfig, data: SegmentationSplits
@@ -173,16 +167,6 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
         label = torch.zeros(1, *config.augment.crop, dtype=torch.int64, device=image.device)
         try_single_image(config, distiller, Batch(image, label, label[:, 0, 0]))
 
-    def make_evaluator(
-        self,
-        config: SegmentationConfig,
-        data: SegmentationSplits,
-        source: BatchSource[Batch],
-        teacher: nn.Module | None,
-        world: World,
-    ) -> SegmentationEvaluator:
-        return SegmentationEvaluator(config, data.test, world)
-
     def evaluate(
         self, config: SegmentationConfig, model: ModelConfig, world: World, predictions: Path | None = None
     ) -> Line:
@@ -191,16 +175,7 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
                 f"predictions: got a model of task {self.name!r}; allowed: a detector. "
                 "`mdistiller predict --draw DIR` writes masks"
             )
-        check_segmenter(model.name)  # a wrong name must not wait for the data
-        assert model.checkpoint is not None
-        find_weights(model.checkpoint)
-        images = load_split(config.data, "test")
-        trained = read_metadata(model.checkpoint).get("classes")
-        advice = ": evaluate it on data of its own"
-        check_classes(f"data: {model.checkpoint}", trained, images.classes, advice)
-        network = build_segmenter(model, len(images.classes)).to(world.device)
-        lay_out(network, memory_format(config.layout))
-        return {**SegmentationEvaluator(config, images, world)(network), "images": len(images)}
+        return super().evaluate(config, model, world)
 
     def format_metrics(self, metrics: Line) -> list[str]:
         lines = [
@@ -221,13 +196,3 @@ class SegmentationTask(Task[SegmentationConfig, SegmentationSplits, Batch]):
             "mean": config.data.mean,
             "std": config.data.std,
         }
-
-    def load_student(self, file: Path, metadata: Line) -> nn.Module:
-        model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
-        return build_segmenter(model, len(metadata["classes"])).eval()
-
-    def check_model(self, name: str) -> None:
-        check_segmenter(name)
-
-    def deployment(self) -> Deployment:
-        return SegmenterDeployment()
