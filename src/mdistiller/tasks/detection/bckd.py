@@ -73,12 +73,17 @@ def bckd_box_loss(
     Source: Yang et al., ICCV 2023, IoU-based localisation distillation loss, with the generalised IoU of the
     authors' code.
     """
-    from torchvision.ops import generalized_box_iou_loss
-
     check_shapes(student_logits, teacher_logits, "n, C", "student and teacher logits")
     with torch.no_grad():
         weight = (promote(teacher_logits).sigmoid() - promote(student_logits).sigmoid()).abs().amax(1)
-    distance: Tensor = generalized_box_iou_loss(promote(student_boxes), promote(teacher_boxes))
+    return weighted_box_loss(student_boxes, teacher_boxes, weight, count)
+
+
+def weighted_box_loss(boxes: Tensor, targets: Tensor, weight: Tensor, count: Tensor | float) -> Tensor:
+    """Sums 1 - GIoU of boxes [n, 4], each times its weight [n], and divides by the count, at least 1."""
+    from torchvision.ops import generalized_box_iou_loss
+
+    distance: Tensor = generalized_box_iou_loss(promote(boxes), promote(targets))
     return (weight * distance).sum() / torch.as_tensor(count).clamp(min=1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mdistiller.methods.base import Card, Losses, Method, MethodConfig, Needs, promote
 from mdistiller.tasks.detection.adapter import Kind
-from mdistiller.tasks.detection.bckd import bckd_loss
+from mdistiller.tasks.detection.bckd import bckd_loss, weighted_box_loss
 from mdistiller.tasks.detection.levels import settled
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
@@ -37,11 +37,8 @@ def crosskd_box_loss(
 
     Source: Wang et al., CVPR 2024; the weight is of the authors' code.
     """
-    from torchvision.ops import generalized_box_iou_loss
-
     weight = promote(teacher_logits).sigmoid().amax(1)
-    distance: Tensor = generalized_box_iou_loss(promote(cross_boxes), promote(teacher_boxes))
-    return (weight * distance).sum() / torch.as_tensor(count).clamp(min=1)
+    return weighted_box_loss(cross_boxes, teacher_boxes, weight, count)
 
 
 class CrossKDConfig(MethodConfig):
