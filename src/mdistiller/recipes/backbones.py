@@ -6,14 +6,17 @@ from typing import ClassVar
 
 from mdistiller.config import SELF
 from mdistiller.errors import UnknownNameError
+from mdistiller.methods import MethodConfig
 from mdistiller.models.backbone import is_backbone
 from mdistiller.recipes.family import Family
+from mdistiller.training.dense import DenseConfig
 
 
 @dataclass(frozen=True)
 class BackboneFamily(Family):
     """Recipes over one data set; a pair is HEAD_TEACHER_STUDENT, of backbones, or two models' whole names."""
 
+    Config: ClassVar[type[DenseConfig]]
     what: ClassVar[str]
     """Name of a pair in messages, and a hint for one that is unknown."""
     hint: ClassVar[str] = ""
@@ -23,6 +26,13 @@ class BackboneFamily(Family):
     def is_model(self, name: str) -> bool:
         """Whether a model, perhaps of a library, has this name."""
         return name in self.models()[0]
+
+    def find_model(self, name: str) -> str:
+        self.Config.check_name(name)
+        return name
+
+    def method_config(self, name: str) -> MethodConfig:
+        return self.Config.method_named(name)
 
     def find_teacher(self, name: str) -> str:
         return name if is_backbone(name, self.find_model) else self.find_model(name)

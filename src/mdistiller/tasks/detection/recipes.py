@@ -21,8 +21,8 @@ from mdistiller.recipes.family import measure, register_family
 from mdistiller.recipes.published import all_runs, default_run, find_runs
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.detr_config import CLASSES, kind_of
-from mdistiller.tasks.detection.methods import default_config, list_detection_methods, takes_softmax
-from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, check_detector, list_detectors
+from mdistiller.tasks.detection.methods import list_detection_methods, takes_softmax
+from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, list_detectors
 
 _TWO_STAGE = ("fasterrcnn", "maskrcnn")
 DATA = "coco"
@@ -75,6 +75,7 @@ def small(detector: str) -> DetectionConfig:
 class DetectionFamily(BackboneFamily):
     """Recipes over one detection data set."""
 
+    Config = DetectionConfig
     what = "pair of detectors ARCHITECTURE_TEACHER_STUDENT"
     hint = "Detectors of two kinds: TEACHER_STUDENT, such as fasterrcnn_resnet50_fcos_resnet18"
     backbones = dict.fromkeys(ARCHITECTURES, BACKBONES)
@@ -94,13 +95,6 @@ class DetectionFamily(BackboneFamily):
     def methods(self) -> list[str]:
         """Lists the methods that detectors with proposals take, and the paper's sum."""
         return [*(m for m in list_detection_methods() if takes_softmax(m) and m != "none"), "dkd+reviewkd"]
-
-    def find_model(self, name: str) -> str:
-        check_detector(name)
-        return name
-
-    def method_config(self, name: str) -> MethodConfig:
-        return default_config(name)
 
 
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:

@@ -15,7 +15,6 @@ rate 0.02 with polynomial decay of power 0.9 over 40,000 steps, crops of 512 x 1
 from typing import Any
 
 from mdistiller.config import OptimConfig
-from mdistiller.methods import MethodConfig
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.backbones import BackboneFamily
 from mdistiller.recipes.family import register_family
@@ -24,8 +23,8 @@ from mdistiller.tasks.segmentation.config import (
     SegmentationConfig,
     SegmentationDataConfig,
 )
-from mdistiller.tasks.segmentation.methods import default_config, list_segmentation_methods
-from mdistiller.tasks.segmentation.segmenter import BACKBONES, check_segmenter, list_segmenters
+from mdistiller.tasks.segmentation.methods import list_segmentation_methods
+from mdistiller.tasks.segmentation.segmenter import BACKBONES, list_segmenters
 
 
 def _published(name: str, data: SegmentationDataConfig, **changes: Any) -> SegmentationConfig:
@@ -75,6 +74,7 @@ def coco(name: str) -> SegmentationConfig:
 class SegmentationFamily(BackboneFamily):
     """Recipes over one set of images with masks."""
 
+    Config = SegmentationConfig
     what = "pair of segmentation models HEAD_TEACHER_STUDENT or TEACHER_STUDENT"
     backbones = BACKBONES
     about = (
@@ -87,13 +87,6 @@ class SegmentationFamily(BackboneFamily):
 
     def methods(self) -> list[str]:
         return [name for name in list_segmentation_methods() if name != "none"]
-
-    def find_model(self, name: str) -> str:
-        check_segmenter(name)
-        return name
-
-    def method_config(self, name: str) -> MethodConfig:
-        return default_config(name)
 
 
 _PAIRS = ("deeplabv3_resnet101_resnet18", "deeplabv3_resnet101_mobilenet_v3_large", "segformer_b4_b0")
