@@ -9,7 +9,8 @@ import pytest
 
 from mdistiller.errors import DataError
 from mdistiller.report import table, write_report
-from mdistiller.report.runs import MeanStd, group, load_run, summarise
+from mdistiller.report.runs import group, load_run, summarise
+from mdistiller.report.spread import MeanStd
 from mdistiller.types import Metric
 
 TOP1 = Metric("top1", "%")
@@ -29,7 +30,7 @@ def test_summary_is_numpys_mean_and_sample_deviation(write_run):
     assert row.best.std == pytest.approx(np.std(best, ddof=1), rel=1e-12)
     assert row.seconds == pytest.approx(4.0)
     assert row.ms_per_step == pytest.approx(11.0)
-    assert (row.label, row.seeds, row.student_parameters) == ("dkd: resnet20 → resnet8", 3, 78042)
+    assert (row.label, row.seeds, row.student_parameters) == ("DKD", 3, 78042)
     assert row.finished
 
 
@@ -48,12 +49,10 @@ def test_labels_and_order(write_run):
         write_run("k0", [52.0], method="kd"),
     ]
     rows = summarise([load_run(run) for run in runs])
-    assert [(row.label, row.seeds) for row in rows] == [
-        *(("kd: resnet20 → resnet8", 2), ("dkd: resnet20 → resnet8", 1), ("baseline: resnet8", 1))
-    ]
+    assert [(row.label, row.seeds) for row in rows] == [*(("KD", 2), ("DKD", 1), ("student alone", 1))]
 
 
-LABEL = "dkd: resnet20 → resnet8"
+LABEL = "DKD"
 
 
 def names(folders):
@@ -73,7 +72,7 @@ def test_runs_of_other_settings_are_told_apart_by_them(write_run):
     first, second, third = found
     assert (first.rpartition(" ")[0], second) == (f"{LABEL}, epochs", f"{LABEL}, epochs 3")
     assert list(found.values()) == [["a0", "a1"], ["b0", "b1"], ["k"]]
-    assert third == "kd: resnet20 → resnet8"
+    assert third == "KD"
     rows = summarise([load_run(folder) for folder in folders])
     assert [row.last.mean for row in rows] == [51.0, 61.0, 62.0]
     assert rows[0].folders == [str(folders[0]), str(folders[2])]
@@ -87,18 +86,18 @@ def test_many_differences_are_a_number(write_run):
 def test_a_teachers_own_run_is_called_so(write_run, tmp_path):
     big = {"method": "none", "student": {"name": "resnet20"}}
     folders = [write_run("big", [70.0], **big), write_run("small", [50.0], method="none")]
-    assert list(names(folders)) == ["baseline: resnet20", "baseline: resnet8"]
-    alone = ["baseline: resnet8"]
+    assert list(names(folders)) == ["resnet20 alone", "resnet8 alone"]
+    alone = ["student alone"]
     for number, checkpoint in enumerate((folders[0], folders[0] / "student.safetensors")):
         teacher = {"name": "resnet20", "checkpoint": str(checkpoint)}
         taught = write_run(f"dkd{number}", [60.0], teacher=teacher)
-        assert list(names([*folders, taught])) == ["teacher: resnet20", *alone, LABEL]
+        assert list(names([*folders, taught])) == ["teacher", *alone, LABEL]
     # The second of two teachers, and a teacher of the student's own architecture: the student alone.
     more = [{"name": "resnet20", "checkpoint": str(folders[0])}]
     small = {"name": "resnet8", "checkpoint": str(folders[1])}
     taught = write_run("two", [60.0], teacher=small, more_teachers=more)
     found = summarise([load_run(folder) for folder in (*folders, taught)])
-    assert [row.label for row in found] == ["teacher: resnet20", *alone, "dkd: resnet8 → resnet8"]
+    assert [row.label for row in found] == ["teacher", *alone, "DKD"]
     assert found[2].over_baseline == 10.0
 
 
@@ -125,7 +124,7 @@ def test_wrong_labels_and_fewer_images_to_learn_from_are_no_other_test(write_run
         write_run("a", [50.0], method="none", data={"kind": "digits", "label_noise": 0.4}),
         write_run("b", [60.0], data={"kind": "digits", "train_limit": 9}),
     ]
-    assert list(names(folders)) == ["baseline: resnet8", LABEL]
+    assert list(names(folders)) == ["student alone", LABEL]
 
 
 def test_a_run_under_way(write_run):
@@ -140,15 +139,18 @@ def test_a_run_under_way(write_run):
     assert (row.finished, row.student_parameters) == (False, None)
     assert (row.last.mean, row.best.mean, row.ms_per_step) == (55.0, 60.0, 20.0)
     head, cells = table([row], TOP1)
-    assert cells[0] == "dkd: resnet20 → resnet8 (under way)"
+    assert cells[0] == "DKD (under way)"
     assert cells[-1] == "–"
     assert len(head) == len(cells)
 
 
-def test_a_row_is_finished_when_all_its_runs_are(write_run):
+def test_a_row_counts_its_finished_runs_alone(write_run):
     runs = [write_run("a", [50.0]), write_run("b", [60.0], seed=1, finished=False)]
     (row,) = summarise([load_run(run) for run in runs])
-    assert not row.finished
+    assert (row.finished, row.seeds, row.last.mean) == (True, 1, 50.0)
+    (row,) = summarise([load_run(runs[1])])
+    assert (row.finished, row.last.mean) == (False, 60.0)
+    (row,) = summarise([load_run(runs[0])])
     assert row.student_parameters == 78042
 
 
@@ -161,7 +163,7 @@ def test_table(write_run):
     ]
     assert cells == [
         *(
-            "dkd: resnet20 → resnet8",
+            "DKD",
             "3",
             "70.46 ± 2.31",
             "70.79 ± 2.47",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mdistiller.report.runs import half_width, welch_p
+from mdistiller.report.spread import half_width, welch_p
 
 
 def test_equals_scipy():

@@ -16,7 +16,7 @@ def test_report_on_runs(cli, student_run, teacher_run, tmp_path):
     assert (done.code, done.out, done.err) == (0, f"{out}\n", "")
     page = out.read_text()
     assert page.startswith("<!doctype html>")
-    for text in ("dkd: resnet8 → resnet8", "baseline: resnet8", "synthetic: 2 runs"):
+    for text in ("DKD", "student alone", "synthetic: 2 runs"):
         assert text in page
     assert html.escape(f"mdistiller train {student_run / 'config.json'}") in page
 
@@ -25,7 +25,7 @@ def test_json_is_the_table(cli, student_run, teacher_run, tmp_path):
     done = cli("report", teacher_run, student_run, "--out", tmp_path / "page.html", "--json")
     rows = done.json()
     assert (tmp_path / "page.html").is_file()
-    assert [row["label"] for row in rows] == ["baseline: resnet8", "dkd: resnet8 → resnet8"]
+    assert [row["label"] for row in rows] == ["student alone", "DKD"]
     for row, run in zip(rows, (teacher_run, student_run), strict=True):
         summary = cli.metrics(run)[-1]
         assert row["last"] == {"mean": summary["last"]["top1"], "std": None}

@@ -42,7 +42,7 @@ def test_run_folder(cli, student_run, teacher_run):
     assert env["seed"] == 3
     assert env["versions"]["torch"] == torch.__version__
     assert {"time", "command", "python", "platform", "cpu", "gpus", "commit"} <= set(env)
-    assert "dkd: resnet8 → resnet8" in (student_run / "report.html").read_text()
+    assert "DKD" in (student_run / "report.html").read_text()
     # Nothing of the teacher is in the state, which no code has to be run to read.
     state = torch.load(student_run / "resume.pt", weights_only=True)
     ours = sum(t.numel() for t in create_model("resnet8", 4).state_dict().values())

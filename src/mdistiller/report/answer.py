@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mdistiller.report.looks import short_names
-from mdistiller.report.runs import MeanStd, Row, RunRecord, find_baseline, welch_p
+from mdistiller.report.runs import Row, RunRecord, find_baseline, teacher_names
+from mdistiller.report.spread import MeanStd, welch_p
 from mdistiller.runs.progress import counted
 from mdistiller.types import Metric
 
@@ -15,9 +15,9 @@ Groups = Mapping[str, Sequence[RunRecord]]
 class Contest:
     """Rows whose results compare: the same student on the same test images.
 
-    rows: the best first.
+    rows: the best first, those without a finished run last.
     teachers: metric of each teacher by its name, where it is known.
-    alone: row of the student alone, of several that of the best row.
+    alone: finished row of the student alone, of several that of the best row.
     """
 
     student: str
@@ -36,7 +36,8 @@ class Contest:
 class Answer:
     """Result of a contest.
 
-    best, against: labels of the best row and of the row that it is compared with.
+    best, against: labels of the best finished row and of the row that it is compared with: KD or else the
+        next best of the same teacher, or the student alone.
     difference: best minus `against`. p: of Welch's two-sided test; None without one.
     closed: share of the gap between student alone and teacher that the best row closes, in percent.
     """
@@ -59,41 +60,52 @@ def find_contests(groups: Groups, rows: Sequence[Row]) -> list[Contest]:
         key = run.student, str(run.config["student"].get("options")), run.test_set
         keys.setdefault(key, []).append(label)
     teachers = {runs[0].teacher for runs in groups.values()}
+    names = teacher_names([runs[0] for runs in groups.values()])
     found = []
     for (student, _, test_set), labels in keys.items():
-        own = sorted((by_label[label] for label in labels), key=lambda row: -row.last.mean)
+        own = sorted(
+            (by_label[label] for label in labels), key=lambda row: (not row.finished, -row.last.mean)
+        )
         taught = [row for row in own if groups[row.label][0].teacher is not None]
         if not taught and student in teachers and len(keys) > 1:
             continue
         metrics: dict[str, float] = {}
         for row in taught:
-            teacher = groups[row.label][0].teacher
-            if row.teacher is not None and teacher is not None:
-                metrics.setdefault(teacher, row.teacher)
-        plain = [row for row in own if row.method == "none"]
+            if row.teacher is not None:
+                metrics.setdefault(names[groups[row.label][0].taught_by], row.teacher)
         base = find_baseline(groups[taught[0].label][0], groups) if taught else None
-        alone = by_label[base] if base is not None else plain[0] if plain else None
+        plain = [by_label[base]] if base is not None else [row for row in own if row.method == "none"]
+        alone = plain[0] if plain and plain[0].finished else None
         found.append(Contest(student, test_set, own, metrics, alone))
     return found
 
 
 def answer(contest: Contest, groups: Groups) -> Answer:
     """Returns the answer that a contest gives."""
-    names, rivals, alone = short_names(groups), contest.rivals, contest.alone
+    rivals, alone = contest.rivals, contest.alone
     best = rivals[0] if rivals else contest.rows[0]
-    others = [row for row in rivals if row is not best]
+    metric, run = groups[best.label][0].main_metric, groups[best.label][0]
+    if not best.finished:
+        so_far = f"{best.label[0].upper()}{best.label[1:]} is at {_value(best.last, 1, metric)} so far"
+        sentence = f"{so_far}; no {'method' if rivals else 'run'} has finished."
+        return Answer(sentence, _note(contest, groups, None), best.label, None, None, None, None)
+    # A student that was evaluated only names no teacher.
+    others = [
+        row
+        for row in rivals[1:]
+        if row.finished
+        and (groups[row.label][0].taught_by == run.taught_by or not row.method or not best.method)
+    ]
     kd = next((row for row in others if row.method == "kd"), None)
     other = kd or (others[0] if others else alone if alone is not best else None)
-    metric = groups[best.label][0].main_metric
-    closed = None
-    teacher = contest.teachers.get(groups[best.label][0].teacher or "")
+    closed, teacher = None, best.teacher
     digits = 1 if other is None or abs(best.last.mean - other.last.mean) >= 0.1 else 2
-    result = f"{names[best.label]} {_value(best.last, digits, metric)}"
+    result = f"{best.label} {_value(best.last, digits, metric)}"
     if alone is not None and alone is not best and best.last.mean < alone.last.mean:
         other = alone
         result = (
             f"Nothing beats the student alone, {_value(alone.last, digits, metric)}: the best, "
-            f"{names[best.label]}, is at {_value(best.last, digits, metric)}"
+            f"{best.label}, is at {_value(best.last, digits, metric)}"
         )
     if other is None and best.seeds == 1:
         result += " (one seed)"
@@ -104,7 +116,7 @@ def answer(contest: Contest, groups: Groups) -> Answer:
         p = welch_p(best.values, other.values)
         tested = f"({_test(best, other, p)})"
         side = "above" if difference >= 0 else "below"
-        whom = "it" if result.startswith("Nothing") else "the " * (other is alone) + names[other.label]
+        whom = "it" if result.startswith("Nothing") else "the " * (other is alone) + other.label
         points = f"{abs(difference):.{digits}f} points" if metric.unit else metric.text(abs(difference))
         parts.append(f"{points} {side} {whom} {tested}")
     if teacher is not None and alone is not None and alone is not best and teacher > alone.last.mean:
@@ -116,7 +128,7 @@ def answer(contest: Contest, groups: Groups) -> Answer:
     elif teacher is not None:
         parts.append(f"its teacher is at {metric.text(teacher, '.1f')}")
     sentence = ", ".join(parts).replace(", and passes", " and passes") + "."
-    note = _note(contest, len(rivals), p)
+    note = _note(contest, groups, p)
     if result.startswith("Nothing"):
         hint = "Usual causes: too few epochs, a weak teacher, or a distillation weight that is too high."
         note = f"{note} {hint}".lstrip()
@@ -142,8 +154,8 @@ def _test(one: Row, other: Row, p: float | None) -> str:
     return f"{seeds}, so no test" if min(one.seeds, other.seeds) < 2 else f"{seeds}, no spread, so no test"
 
 
-def _note(contest: Contest, rivals: int, p: float | None) -> str:
-    parts = []
+def _note(contest: Contest, groups: Groups, p: float | None) -> str:
+    parts, rivals = [], len(contest.rivals)
     if p is not None:
         doubt = "The difference may be chance. " * (p >= 0.05)
         chosen = f", not corrected for the choice of the best of {rivals}" if rivals > 2 else ""
@@ -152,8 +164,9 @@ def _note(contest: Contest, rivals: int, p: float | None) -> str:
         )
     elif min(row.seeds for row in contest.rows) < 2 and len(contest.rows) > 1:
         parts.append("One seed cannot show whether a difference is chance; three or more can.")
-    if late := [row for row in contest.rows if not row.finished]:
-        parts.append(f"{counted(len(late), 'row')} under way.")
+    late = sum(run.summary is None for row in contest.rows for run in groups[row.label])
+    if late:
+        parts.append(f"{counted(late, 'run')} under way.")
     return " ".join(parts)
 
 

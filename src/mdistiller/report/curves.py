@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import mdistiller.report.markup as html
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import RunRecord
+from mdistiller.report.runs import RunRecord, teacher_names
 from mdistiller.report.sections import RunOutputs
 from mdistiller.report.svg import Canvas, Frame, fences
 from mdistiller.report.tables import transfer_table
@@ -17,8 +17,8 @@ MOST, FEW = 60, 40  # points of a curve, in a panel fewer
 FEW_ROWS = 8  # up to which curves have bands, and there are curves on training images
 EARLY, LATE = 0.2, 0.5  # shares of the training, see `value_range`
 WIDE, NARROW, PANEL = (900, 340), (344, 270), (344, 220)
-_SELECT = "The buttons above show and hide rows; at most eight are drawn at a time."
-_AXIS = "The first epochs do not rule the axes and may leave the frame. "
+_SELECT = "The buttons show and hide rows, at most eight at a time."
+_AXIS = "Axes ignore outliers in the first epochs. "
 
 
 class Curve:
@@ -87,12 +87,14 @@ def draw_curves(
         ys = max(ys[0], -2), min(ys[1], 102)
     frame = Frame(canvas, (first, last), ys, titles=titles, log=log, whole=True)
     with frame.inside():
-        for name, points in lines.items():
+        labels: list[float] = []
+        for name, points in sorted(lines.items(), key=lambda line: -line[1][0][1]):
             at = [(frame.x(x), frame.y(y)) for x, y in points]
             ends = at if len(at) > 1 else [(frame.left, at[0][1]), (frame.right, at[0][1])]
             canvas.curve(ends, class_="teacher")
-            below = ends[0][1] - 16 < frame.top
-            canvas.text(frame.left + 6, ends[0][1] + (13 if below else -5), name, class_="halo small")
+            y = max(ends[0][1] - 5, frame.top + 9, *(other + 13 for other in labels))
+            labels.append(y)
+            canvas.text(frame.left + 6, y, name, class_="halo small")
         for label, curve in curves.items():
             look, x = rows.looks[label], [frame.x(value) for value in curve.x]
             with canvas.row(label, shown=label in rows.shown):
@@ -116,34 +118,48 @@ def table_of(curves: dict[str, Curve], x: str) -> list[list[str]]:
 
 
 def over_training(rows: PageRows) -> list[html.Section]:
-    """Returns curves of the metric over epochs and of the training loss over steps."""
-    metric = rows.metric
-    parts = []
+    """Returns curves of the metric over epochs, and of the training loss over steps in a frame for each row.
 
-    def block(name: str, title: str, points: Points, x: str, y: str, text: str) -> None:
-        curves = find_curves(rows, points)
-        if not curves or max(len(c.x) for c in curves.values()) < 2:
-            return
-        ends = "; ".join(f"{label}: {c.mean[-1]:.4g}" for label, c in curves.items())
-        lines = (
-            {f"teacher {k}": [(0, v)] for k, v in rows.teachers.items()} if name == "accuracy-curves" else {}
+    Each row has a weighted sum of losses of its own, so that losses of different rows do not compare.
+    """
+    metric, parts = rows.metric, []
+    curves = find_curves(rows, lambda run: [(line.epoch, line.value) for line in run.evals])
+    if max(len(c.x) for c in curves.values()) > 1:
+        lines = {name: [(0, value)] for name, value in rows.teachers.items()}
+        titles = "epoch", metric.head(metric.axis)
+        drawings = [draw_curves(curves, rows, size, titles, lines=lines) for size in (WIDE, NARROW)]
+        band = "; band: lowest to highest seed" * (len(rows.rows) <= FEW_ROWS)
+        caption = f"Line: mean over seeds{band}. {_AXIS}{_SELECT}"
+        drawn = html.chart(
+            "accuracy-curves",
+            drawings,
+            _alt(f"{metric.title} over epochs", curves),
+            table_of(curves, "epoch"),
         )
-        drawings = [draw_curves(curves, rows, size, (x, y), lines=lines) for size in (WIDE, NARROW)]
-        alt = f"Curves of {title[0].lower()}{title[1:]}. At the end, {ends}."
-        parts.append(html.panel(title, html.chart(name, drawings, alt, table_of(curves, x))))
-        parts.append(html.paragraph(text, "note")) if text else None
+        parts.append(html.figure(rows.legend(), drawn, caption=caption))
+    losses = find_curves(rows, lambda run: [(line.step, line.loss) for line in run.windows], FEW)
+    panels = []
+    for i, label in enumerate(rows.shown):
+        if label not in losses or len(losses[label].x) < 2:
+            continue
+        own = {label: losses[label]}
+        canvas = draw_curves(own, rows, PANEL, ("step", ""))
+        panels.append(
+            html.panel(
+                label,
+                html.chart(f"loss-{i}", [canvas], _alt("the training loss", own), table_of(own, "step")),
+            )
+        )
+    if panels:
+        note = "Weighted sums of each row's own losses; values of different rows do not compare."
+        body = html.panels(panels) + html.paragraph(note, "note")
+        parts.append(html.folded("Training loss of each row", body, unfolded=False))
+    return [html.Section("curves", "Training", "".join(parts))] if parts else []
 
-    values: Points = lambda run: [(line.epoch, line.value) for line in run.evals]  # noqa: E731
-    title = f"{metric.title} on the test set"
-    block("accuracy-curves", title, values, "epoch", metric.head(metric.axis), "")
-    losses: Points = lambda run: [(line.step, line.loss) for line in run.windows]  # noqa: E731
-    own = "Each method has its own weighted sum of losses, so only seeds of one method compare."
-    block("loss-curves", "Training loss", losses, "step", "weighted sum of losses", own)
-    if not parts:
-        return []
-    band = "; band: lowest to highest seed" * (len(rows.rows) <= FEW_ROWS)
-    body = html.figure(rows.legend(), *parts, caption=f"Line: mean over seeds{band}. {_AXIS}{_SELECT}")
-    return [html.Section("curves", "Training", body)]
+
+def _alt(title: str, curves: dict[str, Curve]) -> str:
+    ends = "; ".join(f"{label}: {c.mean[-1]:.4g}" for label, c in curves.items())
+    return f"Curves of {title[0].lower()}{title[1:]}. At the end, {ends}."
 
 
 # Name among the diagnostics, heading, whether the teacher has one too.
@@ -166,14 +182,12 @@ def transfer(rows: PageRows, found: RunOutputs | None = None) -> list[html.Secti
             continue
         shown = [panel for diagnostic in _DIAGNOSTICS if (panel := _diagnostic(rows, images, *diagnostic))]
         if shown:
-            blocks.append(html.folded(f"On {heading}", html.panels(shown), unfolded=not blocks))
+            blocks.append(
+                html.folded(f"Curves on {heading}", html.panels(shown), unfolded=few and not blocks)
+            )
     body = transfer_table(rows, found)
     if blocks:
-        caption = (
-            "TCKD and NCKD are the parts of KD for the target class and for the other classes, at "
-            f"temperature 4 and times 16 for all methods. Dashed: the teacher. Line: mean over seeds. {_AXIS}"
-            f"{_SELECT}"
-        ) + f" A page of at most {FEW_ROWS} rows also has the curves on training images." * (not few)
+        caption = f"TCKD and NCKD as above. Dashed: the teacher. Line: mean over seeds. {_AXIS}{_SELECT}"
         body += html.figure(rows.legend(), *blocks, caption=caption)
     return [html.Section("transfer", "Knowledge transfer", body)] if body else []
 
@@ -187,15 +201,16 @@ def _diagnostic(rows: PageRows, images: str, name: str, title: str, has_teacher:
     if not curves:
         return ""
     lines: dict[str, list[tuple[int, float]]] = {}
+    names = teacher_names([runs[0] for runs in rows.groups.values()])
     for runs in rows.groups.values() if has_teacher else ():
         if line := points(runs[0], f"teacher_{name}"):
-            lines.setdefault(f"teacher {runs[0].teacher}", line)
+            lines.setdefault(names[runs[0].taught_by], line)
     percent = "%" if name in ("agreement", "ece") else ""
     canvas = draw_curves(curves, rows, PANEL, ("epoch", percent), lines=lines, log=log)
-    ends = "; ".join(f"{label}: {c.mean[-1]:.4g}" for label, c in curves.items())
-    alt = f"Curves of {title} over epochs. At the end, {ends}."
     table = table_of(curves, "epoch")
     for teacher, line in lines.items():
         values = {str(x): f"{y:.5g}" for x, y in line}
         table = [[*cells, values.get(cells[0], "") if i else teacher] for i, cells in enumerate(table)]
-    return html.panel(title, html.chart(f"{images}-{name}", [canvas], alt, table))
+    return html.panel(
+        title, html.chart(f"{images}-{name}", [canvas], _alt(f"{title} over epochs", curves), table)
+    )

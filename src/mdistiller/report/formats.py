@@ -8,8 +8,8 @@ import mdistiller.report.markup as html
 from mdistiller.report.answer import answer
 from mdistiller.report.measures import MEASURES, measured
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import MeanStd, welch_p
 from mdistiller.report.sections import RunOutputs
+from mdistiller.report.spread import MeanStd, welch_p
 from mdistiller.report.tables import paper_table
 from mdistiller.types import Line
 

@@ -1,12 +1,11 @@
 """Colours and marks of rows, bound to their methods: a method has the same colour on every page."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 from zlib import crc32
 
 from mdistiller.methods import get_method, list_methods
-from mdistiller.report.runs import TEACHER, Row, RunRecord
 
 # Okabe and Ito's colours, which suit any colour vision, without black and yellow, and more.
 COLOURS = (
@@ -28,18 +27,18 @@ class Look(NamedTuple):
     dash: str
 
 
-def looks(rows: Sequence[Row]) -> dict[str, Look]:
-    """Returns the look of each row, by label.
+def looks(methods: Mapping[str, str]) -> dict[str, Look]:
+    """Returns the look of each row from its method, by label.
 
     The colour follows from the method alone. So does the mark, unless an earlier row has colour and mark.
     """
     found: dict[str, Look] = {}
-    for row in rows:
-        colour, first = _bound(row.method)
+    for label, method in methods.items():
+        colour, first = _bound(method)
         styles = [
             Look(colour, SHAPES[i % len(SHAPES)], DASHES[i % len(SHAPES)]) for i in range(first, first + 6)
         ]
-        found[row.label] = next((look for look in styles if look not in found.values()), styles[0])
+        found[label] = next((look for look in styles if look not in found.values()), styles[0])
     return found
 
 
@@ -64,27 +63,3 @@ def _written(name: str) -> str:
     if known.lower() == name.replace("_", ""):
         return known
     return name.upper() if len(name) <= 4 else name  # short names are abbreviations
-
-
-def short_names(groups: Mapping[str, Sequence[RunRecord]]) -> dict[str, str]:
-    """Returns a name for each row, by label: the method alone where all rows have the same models."""
-    methods = {label: runs[0] for label, runs in groups.items()}
-    pairs = {(run.teacher, run.student) for run in methods.values() if run.teacher is not None}
-    teachers, students = ({pair[i] for pair in pairs} for i in (0, 1))
-    students = students or {run.student for run in methods.values()}
-    found = {}
-    for label, run in methods.items():
-        student, own = run.student, f"{TEACHER}{run.student}"
-        more = label.removeprefix(run.label).removeprefix(own)
-        if run.teacher is not None:
-            models = "" if len(pairs) == 1 else run.label.partition(": ")[2]
-            title = method_title(run.method)
-            name = f"{title}: {models}" if models else title
-        elif not run.is_trained:
-            name = f"{student}, evaluated"
-        elif label.startswith(own) or (student in teachers and student not in students):
-            name = f"teacher {student}"
-        else:
-            name = "student alone" if students == {student} else f"{student} alone"
-        found[label] = name + more
-    return found if len(set(found.values())) == len(found) else {label: label for label in groups}

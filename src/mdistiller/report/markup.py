@@ -14,16 +14,27 @@ from PIL import Image
 from torch import Tensor
 
 from mdistiller.report.looks import Look
-from mdistiller.report.runs import MeanStd
+from mdistiller.report.spread import MeanStd
 from mdistiller.report.svg import Canvas, style
+
+LONG = 20  # rows or classes up to which a table is shown without a click
 
 
 class Section(NamedTuple):
-    """Part of the page: anchor, heading, and body in HTML."""
+    """Part of the page: anchor, heading, and body in HTML, which may be shown only after a click."""
 
     name: str
     title: str
     body: str
+    folded: bool = False
+
+    def element(self) -> str:
+        """Returns the section as HTML."""
+        head = f'<h2 id="{self.name}">{escape(self.title)}</h2>'
+        inner = (
+            f"<details><summary>{head}</summary>{self.body}</details>" if self.folded else head + self.body
+        )
+        return f'<section aria-labelledby="{self.name}">{inner}</section>'
 
 
 def document(title: str, parts: Iterable[str]) -> str:
@@ -164,14 +175,16 @@ def swatch(look: Look) -> str:
     return f'<svg width="30" height="12" aria-hidden="true">{"".join(canvas.parts)}</svg>'
 
 
-def legend(looks: Mapping[str, Look], names: Mapping[str, str], shown: Sequence[str]) -> str:
+def legend(looks: Mapping[str, Look], shown: Sequence[str]) -> str:
     """Returns a button for each row, which shows and hides the row in all charts with lines."""
-    buttons = "".join(
-        f'<button type="button" aria-pressed="{str(label in shown).lower()}" data-row="{escape(label)}" '
-        f'title="{escape(label)}">{swatch(look)}{escape(names[label])}</button>'
+    buttons = {
+        label: f'<button type="button" aria-pressed="{str(label in shown).lower()}" '
+        f'data-row="{escape(label)}">{swatch(look)}{escape(label)}</button>'
         for label, look in looks.items()
-    )
-    return f'<div class="legend" role="group" aria-label="Rows in the charts">{buttons}</div>'
+    }
+    first, more = ([b for label, b in buttons.items() if (label in shown) is on] for on in (True, False))
+    rest = folded(f"{len(more)} more", "".join(more), unfolded=False) if more else ""
+    return f'<div class="legend" role="group" aria-label="Rows in the charts">{"".join(first)}{rest}</div>'
 
 
 def image_uri(image: Tensor, side: int, kind: str) -> str:

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import MeanStd
 from mdistiller.report.sections import RunOutputs
+from mdistiller.report.spread import MeanStd
 
 
 class Measure(NamedTuple):

@@ -45,7 +45,7 @@ function svgText(svg) {
   $$('.off', copy).forEach(part => part.remove());
   copy.removeAttribute('style'); copy.setAttribute('width', w); copy.setAttribute('height', h);
   const style = document.createElementNS(svg.namespaceURI, 'style');
-  const values = ['--ink', '--paper', '--faint', '--line'].map(name => `${name}:${css.getPropertyValue(name).trim()}`);
+  const values = ['--ink', '--paper', '--faint', '--line', '--cells'].map(name => `${name}:${css.getPropertyValue(name).trim()}`);
   style.textContent = `:root{${values.join(';')}}svg.plot{background:var(--paper)}`
     + document.getElementById('chart-style').textContent;
   copy.prepend(style);

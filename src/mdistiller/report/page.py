@@ -15,7 +15,7 @@ from mdistiller.report.curves import over_training, transfer
 from mdistiller.report.formats import WRITERS
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.published import published
-from mdistiller.report.ranked import ranked_chart
+from mdistiller.report.ranked import SEEDS, ranked_chart
 from mdistiller.report.runs import load_run
 from mdistiller.report.sections import missing_parts, sections_of
 from mdistiller.report.tables import headline, making, settings
@@ -107,25 +107,26 @@ def report_text(
     missing = missing_parts(found.failures) if found is not None else []
     sections += [*missing, *published(rows), *settings(rows.groups)]
     sections.append(making(runs, more="" if images else extra.shows))
-    links = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text, _ in sections)
+    links = "".join(f'<li><a href="#{section.name}">{escape(section.title)}</a></li>' for section in sections)
     parts = [*_first_screen(rows), *map(html.paragraph, notes)]
     parts.append(f'<nav aria-label="Sections"><ul>{links}</ul></nav>')
-    for name, text, body in sections:
-        parts.append(f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(text)}</h2>{body}</section>')
+    parts += [section.element() for section in sections]
     return html.document(title, parts)
 
 
 def _first_screen(rows: PageRows) -> list[str]:
     """Returns the answer of each contest with its chart."""
     parts = []
-    many = len(rows.contests) > 1
     for i, contest in enumerate(rows.contests):
         found = answer(contest, rows.groups)
         body = html.paragraph(_unbroken(found.sentence), "answer")
-        if many:
-            body = f"<h2>{escape(f'{contest.student} on {contest.test_set}')}</h2>{body}"
-        name = f"ranking-{i}" if many else "ranking"
-        drawing = ranked_chart(name, contest, rows.looks, rows.names, rows.metric)
+        teachers = {rows.groups[row.label][0].teacher for row in contest.rows} - {None}
+        models = (
+            f"{', '.join(sorted(map(str, teachers)))} → {contest.student}" if teachers else contest.student
+        )
+        body = f"<h2>{escape(f'{models} on {contest.test_set}')}</h2>{body}"
+        name = f"ranking-{i}" if len(rows.contests) > 1 else "ranking"
+        drawing = ranked_chart(name, contest, rows.looks, rows.metric)
         note = f"{found.note} {_explain(contest)}".strip()
         parts.append(f'<div class="first">{body}{html.figure(drawing, caption=note)}</div>')
     return parts
@@ -148,6 +149,10 @@ def _unbroken(sentence: str) -> str:
 
 def _explain(contest: Contest) -> str:
     """Returns the meaning of the marks in the chart."""
-    if max(row.seeds for row in contest.rows) < 2:
-        return ""
-    return "Filled mark: mean; line: its 95 % confidence interval; rings: single seeds."
+    seeds = [row.seeds for row in contest.rows]
+    parts = ["Ring: a single run."]
+    if max(seeds) >= SEEDS:
+        parts.append("Filled mark: the mean of three or more, with its 95 % confidence interval.")
+    if contest.teachers:
+        parts.append("Diamond and dashed line: the teacher.")
+    return " ".join(parts)

@@ -26,7 +26,7 @@ def published(page: PageRows) -> list[Section]:
         "test set. Compare it only with a run that has the recipe's values and data.",
         "note",
     )
-    return [Section("published", "Published runs", body + note)]
+    return [Section("published", "Published runs", body + note, folded=True)]
 
 
 def _cells(recipe: str, run: RunRecord) -> tuple[str, str, str] | None:
@@ -35,5 +35,7 @@ def _cells(recipe: str, run: RunRecord) -> tuple[str, str, str] | None:
         changes = differences(config, get_recipe(config.recipe))
     except MDistillerError:  # a recipe of a plug-in, or of another version
         return None
-    origin = "; ".join(dict.fromkeys([runs[0].source, runs[0].figures])).strip("; ") if runs else "–"
+    if not runs:
+        return None
+    origin = "; ".join(dict.fromkeys([runs[0].source, runs[0].figures])).strip("; ")
     return status(runs), origin, "; ".join(changes) or "as the recipe"

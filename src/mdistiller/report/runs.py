@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +14,8 @@ from pydantic import ValidationError
 
 from mdistiller.errors import DataError
 from mdistiller.models.weights import STUDENT_FILE
+from mdistiller.report.looks import method_title
+from mdistiller.report.spread import MeanStd
 from mdistiller.runs.folder import CONFIG, ENV, METRICS, read_metrics
 from mdistiller.runs.lines import Environment, Evaluation, Read, Summary, Window
 from mdistiller.settings import explain, flatten
@@ -45,10 +47,6 @@ class _Line(Read):
     kind: str
 
 
-TEACHER = "teacher: "
-"""Start of the label of a teacher's own run."""
-
-
 @dataclass(frozen=True)
 class RunRecord:
     """Contents of one run folder.
@@ -56,7 +54,7 @@ class RunRecord:
     config: the values of config.json.
     evals, windows: evaluations and training windows in metrics.jsonl.
     summary: None while the run is under way.
-    student, teacher: names of the models; the teacher's is None without one.
+    student, teacher: names of the models, of several teachers joined by "+"; None without a teacher.
     teacher_files: checkpoints of the teachers, run folders or files.
     test_set: name of the test images; metrics on different ones do not compare.
     metric: field of the metric that picks its best epoch; `main_metric` shows it.
@@ -92,54 +90,9 @@ class RunRecord:
         return self.summary is None or self.summary.step != 0
 
     @property
-    def label(self) -> str:
-        """Method and models, without the seed."""
-        if not self.is_trained:
-            return f"evaluated: {self.student}"
-        if self.teacher is None:
-            return f"baseline: {self.student}"
-        return f"{self.method}: {self.teacher} → {self.student}"
-
-
-@dataclass(frozen=True)
-class MeanStd:
-    """Mean over seeds, and sample standard deviation (n - 1), which is None for a single seed."""
-
-    mean: float
-    std: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> MeanStd:
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-    def __format__(self, spec: str) -> str:
-        mean = format(self.mean, spec)
-        return mean if self.std is None else f"{mean} ± {format(self.std, spec)}"
-
-    def __str__(self) -> str:
-        return format(self, ".2f")
-
-
-def welch_p(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Computes Welch's two-sided p; None where a sample has one value, or both have no spread."""
-    if min(len(one), len(other)) < 2:
-        return None
-    samples = [(statistics.fmean(values), statistics.stdev(values), len(values)) for values in (one, other)]
-    if not any(std for _, std, _ in samples):
-        return None
-    from scipy.stats import ttest_ind_from_stats  # takes a second to load
-
-    return float(ttest_ind_from_stats(*samples[0], *samples[1], equal_var=False).pvalue)
-
-
-def half_width(values: Sequence[float], confidence: float = 0.95) -> float | None:
-    """Computes half the width of the confidence interval of a mean; None for a single value."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t
-
-    quantile = float(t.ppf((1 + confidence) / 2, len(values) - 1))
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+    def taught_by(self) -> tuple[str | None, ...]:
+        """Name and files of the teacher, by which runs of one teacher are known."""
+        return self.teacher, *map(str, self.teacher_files)
 
 
 @dataclass(frozen=True)
@@ -223,7 +176,7 @@ def load_run(path: Path) -> RunRecord:
         summary=summaries[-1] if summaries else None,
         task=fields.task,
         student=fields.student.name,
-        teacher=None if fields.teacher is None else fields.teacher.name,
+        teacher=" + ".join(named.name for named in teachers) or None,
         teacher_files=[Path(named.checkpoint) for named in teachers if isinstance(named.checkpoint, str)],
         method=fields.method.name,
         test_set=_test_set(fields),
@@ -252,15 +205,11 @@ def _test_set(fields: _Config) -> str:
 def differing(configs: Sequence[Line]) -> list[tuple[str, list[str]]]:
     """Returns the dotted fields whose values differ, and their values ("" where not set), one per config.
 
-    Seed and output folder do not count.
+    Seed and output folder do not count. Paths are relative to the folder that holds the run's.
     """
     texts = [
-        {
-            k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
-            for k, v in flat.items()
-            if v is not None
-        }
-        for flat in map(flatten, configs)
+        {k: _setting(v, str(config.get("out"))) for k, v in flatten(config).items() if v is not None}
+        for config in configs
     ]
     names = [
         name for name in dict.fromkeys(k for values in texts for k in values) if name not in ("seed", "out")
@@ -269,22 +218,66 @@ def differing(configs: Sequence[Line]) -> list[tuple[str, list[str]]]:
     return [(name, values) for name, values in found if len(set(values)) > 1]
 
 
-def group(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Groups runs that differ only in their seed, under unique labels.
+def _setting(value: object, out: str) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return (
+        os.path.relpath(value, os.path.dirname(out)) if os.path.isabs(value) and os.path.isabs(out) else value
+    )
 
-    Where settings differ at one label, the fields that differ are added to it, or a number if that is long.
-    The test set is added if there are several. The run of a teacher of others is called so, unless its model
-    is one of their students too.
+
+def teacher_names(runs: Sequence[RunRecord]) -> dict[tuple[str | None, ...], str]:
+    """Returns the names of teachers, by `taught_by`: "teacher", or with their models if there are several."""
+    known = list(dict.fromkeys(run.taught_by for run in runs if run.teacher is not None))
+    models = [model for model, *_ in known]
+    found = {}
+    for model, *files in known:
+        more = [Path(str(file)).name for file in files] if models.count(model) > 1 else []
+        found[model, *files] = " ".join(["teacher", str(model), *more]) if len(known) > 1 else "teacher"
+    return found
+
+
+def _titles(runs: Sequence[RunRecord]) -> list[str]:
+    """Returns what each run is: teacher, student alone or its method, with its models where these differ.
+
+    A run without a teacher is one if a run names its folder, where it is now or where it was trained, and if
+    no student is of its model.
+    """
+    taught = [run for run in runs if run.teacher is not None]
+    students = {run.student for run in taught or runs}
+    models, teachers = {_model(run) for run in taught}, teacher_names(runs)
+    places = {
+        place: teachers[run.taught_by]
+        for run in taught
+        for file in map(Path.resolve, run.teacher_files)
+        for place in (file, file.parent)
+    }
+
+    def title(run: RunRecord) -> str:
+        if not run.is_trained:
+            return f"{run.student}, evaluated"
+        if run.teacher is not None:
+            teacher = teachers[run.taught_by].removeprefix("teacher").replace(" ", " from ", 1)
+            return method_title(run.method) + teacher + f" into {run.student}" * (len(students) > 1)
+        known = [p for p in (run.path.resolve(), Path(str(run.config.get("out"))).resolve()) if p in places]
+        if known and _model(run) not in models:
+            return places[known[0]]
+        return "student alone" if students == {run.student} else f"{run.student} alone"
+
+    return list(map(title, runs))
+
+
+def group(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Groups runs that differ only in their seed, under unique names, which all parts of the page use.
+
+    Where settings differ at one name, the fields that differ are added to it, or a number if that is long.
+    The test set is added if there are several.
     """
     several = len({run.test_set for run in runs}) > 1
-    taught = [run for run in runs if run.teacher is not None]
-    files = [file.resolve() for run in taught for file in run.teacher_files]
-    teachers, students = {*files, *(file.parent for file in files)}, {_model(run) for run in taught}
     settings: dict[str, dict[str, list[RunRecord]]] = {}
-    for run in runs:
-        label = run.label
-        if run.teacher is None and run.path.resolve() in teachers and _model(run) not in students:
-            label = f"{TEACHER}{run.student}"
+    for run, label in zip(runs, _titles(runs), strict=True):
         label += f" on {run.test_set}" if several else ""
         rest = {k: v for k, v in run.config.items() if k not in ("seed", "out")}
         settings.setdefault(label, {}).setdefault(json.dumps(rest, sort_keys=True), []).append(run)
@@ -341,13 +334,18 @@ def summarise(runs: Sequence[RunRecord]) -> list[Row]:
     groups = group(runs)
     rows = {label: make_row(label, members) for label, members in groups.items()}
     for label, row in rows.items():
-        if (baseline := find_baseline(groups[label][0], groups)) is not None:
+        baseline = find_baseline(groups[label][0], groups)
+        if baseline is not None and row.finished and rows[baseline].finished:
             rows[label] = replace(row, over_baseline=row.last.mean - rows[baseline].last.mean)
     return list(rows.values())
 
 
 def make_row(label: str, runs: Sequence[RunRecord]) -> Row:
-    """Summarises runs that differ only in their seed; `over_baseline` is None."""
+    """Summarises runs that differ only in their seed, the finished ones alone if there are any.
+
+    `over_baseline` is None.
+    """
+    runs = [run for run in runs if run.summary is not None] or runs
     final = [run.evals[-1] for run in runs]
     summaries = [run.summary for run in runs if run.summary is not None]
     last = MeanStd.of([line.value for line in final])
@@ -367,7 +365,7 @@ def make_row(label: str, runs: Sequence[RunRecord]) -> Row:
         ms_per_step=_mean([(run.summary or run.evals[-1]).ms_per_step for run in runs]),
         student_parameters=summaries[0].student_parameters if summaries else None,
         method_parameters=summaries[0].method_parameters if summaries else None,
-        finished=len(summaries) == len(runs),
+        finished=bool(summaries),
         folders=[str(run.path) for run in runs],
         method=runs[0].method if runs[0].is_trained else "",
         teacher=teacher,

@@ -67,8 +67,8 @@ class Canvas:
             self.add("path", d=path(corners) + "z", **attributes)
 
     def heat(self, values: np.ndarray, x: float, y: float, w: float, h: float, top: float) -> None:
-        """Adds a heat map of a matrix of 0 and more: opaque blue from `top` on, clear for 0 and NaN."""
-        share = np.nan_to_num(values / (top or 1)).clip(0, 1)
+        """Adds a heat map of values from 0: faint blue for 0, opaque from `top` on, clear for NaN."""
+        share = np.nan_to_num(0.1 + 0.9 * values / (top or 1)).clip(0, 1)
         cells = np.empty((*share.shape, 4), np.uint8)
         cells[..., :3] = _BLUE
         cells[..., 3] = np.round(share * 31) * (255 / 31)  # few shades, which compress well

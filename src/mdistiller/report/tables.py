@@ -1,21 +1,31 @@
 """Tables of the report: metrics of the rows, different settings, and commands that repeat the runs."""
 
+import os
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from mdistiller.report.markup import Section, html_table, paragraph, sortable, text_table, value_text
+from mdistiller.report.markup import (
+    LONG,
+    Section,
+    folded,
+    html_table,
+    paragraph,
+    sortable,
+    text_table,
+    value_text,
+)
 from mdistiller.report.measures import MEASURES, measured
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import MeanStd, Row, RunRecord, differing
+from mdistiller.report.runs import Row, RunRecord, differing
 from mdistiller.report.sections import RunOutputs
+from mdistiller.report.spread import MeanStd
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import counted
 from mdistiller.types import Metric
 
-_COLUMNS_OF_SETTINGS = 8  # with more rows, each row has a line
+_IN_NAMES = ("student.name", "teacher.name", "method.name")  # fields that rows are named by
 Value = str | float | MeanStd | None
 
 
@@ -62,17 +72,13 @@ def paper_table(page: PageRows, found: RunOutputs | None) -> list[list[str]]:
     """Returns the table of a paper, the best first in each contest, without the columns that are empty."""
     metric, measures = page.metric, measured(page, found)
     columns = [
-        Column("row", "name", ""),
+        Column("row", "label", ""),
         Column("n", "seeds", "d"),
         Column(metric.head(metric.axis), "last", metric.spec),
         Column("Δ baseline", "over_baseline", f"+{metric.spec}"),
         *(Column(measure.head, name, measure.spec) for name, measure in MEASURES.items()),
     ]
-    lines = [
-        {**_values(row), "name": page.names[row.label], **measures[row.label]}
-        for contest in page.contests
-        for row in contest.rows
-    ]
+    lines = [{**_values(row), **measures[row.label]} for contest in page.contests for row in contest.rows]
     used = [c for c in columns if any(values.get(c.name) is not None for values in lines)]
     return [[c.head for c in used], *([c.text(values) for c in used] for values in lines)]
 
@@ -82,14 +88,14 @@ def headline(page: PageRows) -> Section:
     metric = page.metric
     points = ", in percentage points" if metric.unit else ""
     note = (
-        f"{metric.sentence[0].upper()}{metric.sentence[1:]} at the last epoch and at the best epoch, mean ± "
+        f"{metric.sentence[0].upper()}{metric.sentence[1:]} at the last and at the best epoch, mean ± "
         "standard deviation over seeds. The best epoch is picked on the test set, so it is optimistic. "
-        "Δ: the last epoch minus that of the baseline (the same student without a teacher on the same data), "
-        f"and minus the teacher's{points}. Seconds: training and evaluation of one run. Extra: parameters "
-        "that the method trains besides the student's."
+        f"Δ: last epoch minus that of the same student alone, and minus the teacher's{points}. "
+        "Seconds: one whole run. Extra: parameters that the method trains besides the student's."
     )
     lines = [_values(row) for row in page.rows]
-    body = _sortable_table(_columns(metric), lines, "Table of metrics", "accuracy-table")
+    columns = [c for c in _columns(metric) if any(values[c.name] for values in lines)]
+    body = _sortable_table(columns, lines, "Table of metrics", "accuracy-table")
     return Section("accuracy", f"{metric.title} and cost", body + paragraph(note, "note"))
 
 
@@ -98,7 +104,7 @@ def transfer_table(page: PageRows, found: RunOutputs | None) -> str:
     measures = measured(page, found)
     shown = {name: m for name, m in MEASURES.items() if any(name in values for values in measures.values())}
     lines: list[dict[str, Value]] = [
-        {"label": page.names[label], **values} for label, values in measures.items() if values
+        {"label": label, **values} for label, values in measures.items() if values
     ]
     if not lines:
         return ""
@@ -112,7 +118,7 @@ def transfer_table(page: PageRows, found: RunOutputs | None) -> str:
 def _sortable_table(
     columns: Sequence[Column], rows: Sequence[Mapping[str, Value]], label: str, name: str
 ) -> str:
-    """Returns a table as HTML; a click on a heading sorts by its column."""
+    """Returns a table as HTML, a long one folded; a click on a heading sorts by its column."""
     lines = []
     for values in rows:
         cells = []
@@ -121,28 +127,27 @@ def _sortable_table(
             key = value.mean if isinstance(value, MeanStd) else "" if value is None else value
             cells.append(f'data-value="{escape(str(key))}">{escape(column.text(values))}')
         lines.append([f'<th scope="row" {cells[0]}</th>', *(f"<td {cell}</td>" for cell in cells[1:])])
-    return html_table(sortable(column.head for column in columns), lines, label, name=name)
+    table = html_table(sortable(column.head for column in columns), lines, label, name=name)
+    return folded(f"{len(rows)} rows", table, unfolded=len(rows) <= LONG)
 
 
 def settings(groups: Mapping[str, Sequence[RunRecord]]) -> list[Section]:
-    """Returns a table of the fields whose values differ between rows."""
+    """Returns each row's values of the fields that differ between rows."""
     found = differing([runs[0].config for runs in groups.values()])
+    found = [(name, values) for name, values in found if name not in _IN_NAMES]
     if not found:
         return []
-    note = paragraph("All other fields of the runs' config.json are equal, except for seed and out.", "note")
-    if len(groups) > _COLUMNS_OF_SETTINGS:
-        lines = []
-        usual = {name: Counter(values).most_common(1)[0][0] for name, values in found}
-        for i, label in enumerate(groups):
-            own = [(name, values[i]) for name, values in found if values[i] != usual[name]]
-            texts = [f"{name} {value or '–'}" for name, value in own]
-            lines.append([label, " · ".join(texts)])
-        head, kind = ["row", "fields with another value than most rows have"], "settings listed"
-    else:
-        lines = [[name, *(value or "–" for value in values)] for name, values in found]
-        head, kind = ["field", *groups], "settings"
-    body = text_table(head, lines, "Table of settings", kind)
-    return [Section("settings", "Different settings", body + note)]
+    lines = []
+    for i, label in enumerate(groups):
+        lines.append([label, " · ".join(f"{name} {values[i]}" for name, values in found if values[i])])
+    body = text_table(["row", "settings that differ between rows"], lines, "Table of settings", "settings")
+    note = "All other fields of the runs' config.json are equal, except for seed and out."
+    return [Section("settings", "Different settings", body + paragraph(note, "note"), folded=True)]
+
+
+def _from_here(path: str) -> str:
+    """Returns a path below the current folder relative to it, and anything else as it is."""
+    return path.removeprefix(os.path.join(os.getcwd(), ""))
 
 
 def making(runs: Sequence[RunRecord], *, more: str) -> Section:
@@ -154,12 +159,12 @@ def making(runs: Sequence[RunRecord], *, more: str) -> Section:
     if env.commit:
         made += f" at {env.commit[:12]}"
     commands = "\n".join(
-        f"mdistiller train {shlex.quote(str(run.path / CONFIG))}"
+        f"mdistiller train {shlex.quote(_from_here(str(run.path / CONFIG)))}"
         if run.is_trained
-        else shlex.join(run.env.command)
+        else shlex.join(map(_from_here, run.env.command))
         for run in runs
     )
     body = paragraph(f"{made}. To repeat:") + f'<pre tabindex="0">{escape(commands)}</pre>'
     if more:
         body += paragraph(f"For {more}: mdistiller report RUN…", "note")
-    return Section("made", "Hardware and commands", body)
+    return Section("made", "Hardware and commands", body, folded=True)

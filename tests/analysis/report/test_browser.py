@@ -23,7 +23,7 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
 DESKTOP, PHONE = (1100, 900), (390, 844)
-LABELS = ["teacher: resnet14", "baseline: resnet8", "dkd: resnet14 → resnet8"]
+LABELS = ["DKD", "student alone", "teacher"]
 NUMBERS = (
     "seeds",
     "last, %",
@@ -33,7 +33,6 @@ NUMBERS = (
     "seconds",
     "ms/step",
     "parameters",
-    "extra",
 )
 
 
@@ -103,7 +102,7 @@ def test_draws_everything_without_a_complaint(report, visit, artifacts, name, si
     )
     names = dict(drawn)
     assert len(drawn) == len(names)
-    assert {"ranking", "loss-curves", "test-tckd"} <= set(names)
+    assert {"ranking", "accuracy-curves", "test-tckd"} <= set(names)
     assert "correlation-0" in names
     assert set(names.values()) == {1}
     # The page never scrolls sideways; wide tables do so within it.
@@ -194,16 +193,17 @@ def test_a_table_is_saved_with_columns_for_mean_and_std(report, visit, tmp_path)
     waiting.value.save_as(tmp_path / "t.csv")
     rows = list(csv.reader((tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()))
     assert rows[0][:6] == ["run", "seeds", "last, %", "last, % std", "best, %", "best, % std"]
-    assert float(rows[3][2]) > 0
-    assert float(rows[3][3]) >= 0
-    assert rows[1][3] == ""
+    assert [row[0] for row in rows[1:]] == LABELS
+    assert float(rows[1][2]) > 0
+    assert float(rows[1][3]) >= 0
+    assert rows[3][3] == ""
 
 
 def test_values_at_the_pointer(report, visit):
     page, complaints = visit(report)
-    page.locator("#loss-curves svg.wide").hover(position={"x": 500, "y": 150})
-    text = page.locator("#loss-curves .tip").inner_text()
-    assert text.startswith("step ")
+    page.locator("#accuracy-curves svg.wide").hover(position={"x": 500, "y": 150})
+    text = page.locator("#accuracy-curves .tip").inner_text()
+    assert text.startswith("epoch ")
     assert LABELS[2] in text
     assert complaints == []
 
@@ -278,12 +278,12 @@ def visible(page, chart: str) -> dict[str, bool]:
 @pytest.mark.parametrize("by", ["click", "keyboard"])
 def test_legend_hides_and_shows_a_row(report, visit, by):
     page, complaints = visit(report)
-    row = LABELS[2]
+    row = LABELS[0]
     button = page.locator("section[aria-labelledby=curves] .legend").get_by_role("button", name="DKD")
     press = button.click if by == "click" else lambda: (button.focus(), page.keyboard.press("Enter"))
-    assert visible(page, "loss-curves") == dict.fromkeys(LABELS, True)
+    assert visible(page, "accuracy-curves") == dict.fromkeys(LABELS, True)
     press()
-    assert visible(page, "loss-curves") == {LABELS[0]: True, LABELS[1]: True, row: False}
+    assert visible(page, "accuracy-curves") == {row: False, LABELS[1]: True, LABELS[2]: True}
     assert not visible(page, "test-tckd")[row]
     assert visible(page, "ranking")[row]  # the answer stays
     states = [
@@ -292,7 +292,7 @@ def test_legend_hides_and_shows_a_row(report, visit, by):
     assert len(states) == 2
     assert set(states) == {"false"}
     press()
-    assert visible(page, "loss-curves") == dict.fromkeys(LABELS, True)
+    assert visible(page, "accuracy-curves") == dict.fromkeys(LABELS, True)
     assert complaints == []
 
 
@@ -302,6 +302,7 @@ def test_a_ninth_row_replaces_the_first(write_run, tmp_path, visit):
     legend = page.locator("section[aria-labelledby=curves] .legend")
     before = [row for row, on in visible(page, "accuracy-curves").items() if on]
     assert len(before) == 8
+    legend.get_by_text("2 more").click()
     legend.locator("button[aria-pressed=false]").first.click()
     after = [row for row, on in visible(page, "accuracy-curves").items() if on]
     assert len(after) == 8

@@ -22,7 +22,7 @@ from mdistiller.runs.progress import counted
 from mdistiller.types import Metric
 
 TOP1 = {"none": [[40.0, 50.0, 55.5], [42.0, 51.0, 54.5]], "dkd": [[50.0, 60.0, 66.0], [48.0, 62.0, 63.0]]}
-LABELS = ("baseline: resnet8", "dkd: resnet20 → resnet8")
+LABELS = ("student alone", "DKD")
 
 
 @pytest.fixture
@@ -65,15 +65,13 @@ class Page(HTMLParser):
 
 def test_table_on_the_page(runs, tmp_path):
     page = Page(write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8"))
+    # Without a column that is empty: the teacher's metric, parameters besides the student's.
     start = page.rows.index(
-        [
-            *("run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher", "seconds", "ms/step"),
-            *("parameters", "extra"),
-        ]
+        ["run", "seeds", "last, %", "best, %", "Δ baseline", "seconds", "ms/step", "parameters"]
     )
     assert page.rows[start + 1 : start + 3] == [
-        [LABELS[0], "2", "55.00 ± 0.71", "55.00 ± 0.71", "–", "–", "3.0", "10.0", "78,042", "–"],
-        [LABELS[1], "2", "64.50 ± 2.12", "64.50 ± 2.12", "+9.50", "–", "3.0", "10.0", "78,042", "–"],
+        [LABELS[1], "2", "64.50 ± 2.12", "64.50 ± 2.12", "+9.50", "3.0", "10.0", "78,042"],
+        [LABELS[0], "2", "55.00 ± 0.71", "55.00 ± 0.71", "–", "3.0", "10.0", "78,042"],
     ]
 
 
@@ -98,7 +96,8 @@ def test_one_is_not_plural(runs, tmp_path, count, text):
     assert f"later ({text}); torch" in page
 
 
-def test_title_notes_and_how_it_was_made(runs, tmp_path):
+def test_title_notes_and_how_it_was_made(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = write_report(
         runs[:1], tmp_path / "a b.html", title="Tom & <b>Jerry</b>", notes=["5 < 6", "an 'other'"]
     ).read_text(encoding="utf-8")
@@ -107,7 +106,8 @@ def test_title_notes_and_how_it_was_made(runs, tmp_path):
     assert "<p>5 &lt; 6</p>\n<p>an &#x27;other&#x27;</p>" in text
     assert "A CPU &lt;of&gt; 1994 &amp; later (2 threads); torch 2.6.0, " in text
     assert "mdistiller 0.1.0 at 0123456789ab. To repeat" in text
-    assert f"mdistiller train {runs[0] / 'config.json'}" in html.unescape(text)
+    assert "mdistiller train none-s0/config.json" in html.unescape(text)
+    assert str(tmp_path) not in text
 
 
 def test_default_title(runs, tmp_path):
@@ -154,7 +154,7 @@ def points(path: str) -> list[tuple[float, float]]:
 def test_every_drawing_is_well_formed_and_inside_its_canvas(runs, tmp_path):
     text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
     names = re.findall(r'<div class="chart" id="([^"]+)">(?:<svg)', text)
-    assert {"ranking", "accuracy-curves", "loss-curves"} <= set(names)
+    assert {"ranking", "accuracy-curves", "loss-0", "loss-1"} <= set(names)
     for name in names:
         for svg in drawings(text, name):
             width, height = map(float, svg.get("viewBox").split()[2:])
@@ -171,9 +171,7 @@ def test_every_drawing_is_well_formed_and_inside_its_canvas(runs, tmp_path):
 def test_labels_are_escaped(write_run, tmp_path, monkeypatch):
     """A row's name may hold anything: a folder, a plug-in's model."""
     bad = '</pre><script>alert("1")</script>&\'<b>'
-    monkeypatch.setattr(
-        "mdistiller.report.runs.RunRecord.label", property(lambda run: bad + str(run.config["epochs"]))
-    )
+    monkeypatch.setattr("mdistiller.report.runs.method_title", lambda name: bad)
     folders = [write_run("a", [50.0, 51.0]), write_run("b", [60.0, 61.0], epochs=3)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -182,30 +180,37 @@ def test_labels_are_escaped(write_run, tmp_path, monkeypatch):
     assert len([row for row in numbers(text, "ranking") if row[0].startswith(bad)]) == 2
 
 
-@pytest.mark.parametrize("name", ["accuracy-curves", "loss-curves"])
-def test_curves_are_the_runs_metrics(runs, tmp_path, name):
-    """Mean over seeds: of test accuracy at each epoch, of the training loss at each step."""
+def test_each_row_has_its_own_frame_of_losses(runs, tmp_path):
+    """Losses of methods with other terms and weights do not compare."""
     text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
-    head, *lines = numbers(text, name)
-    assert head == ["epoch" if name == "accuracy-curves" else "step", *LABELS]
-    found = np.array(lines, float)
-    if name == "loss-curves":
-        np.testing.assert_allclose(found, [[10, 1, 1], [20, 0.5, 0.5], [30, 1 / 3, 1 / 3]], atol=1e-4)
-        return
-    np.testing.assert_allclose(found, [[1, 41, 49], [2, 50.5, 61], [3, 55, 64.5]])
-    for svg in drawings(text, name):
+    for i, label in enumerate(LABELS[::-1]):
+        head, *lines = numbers(text, f"loss-{i}")
+        assert head == ["step", label]
+        np.testing.assert_allclose(np.array(lines, float), [[10, 1], [20, 0.5], [30, 1 / 3]], atol=1e-4)
+        (svg,) = drawings(text, f"loss-{i}")
+        assert list(drawn_rows(svg)) == [label]
+
+
+def test_curves_are_the_runs_metrics(runs, tmp_path):
+    """Test accuracy at each epoch, mean over seeds."""
+    text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    head, *lines = numbers(text, "accuracy-curves")
+    assert head == ["epoch", *LABELS[::-1]]
+    np.testing.assert_allclose(np.array(lines, float), [[1, 49, 41], [2, 61, 50.5], [3, 64.5, 55]])
+    for svg in drawings(text, "accuracy-curves"):
         rows = drawn_rows(svg)
-        assert list(rows) == list(LABELS)
+        assert list(rows) == list(LABELS[::-1])
         # Heights in the drawing are proportional to the values; the band spans the seeds.
-        ends = {}
+        ends, tops = {}, {}
         for label, row in rows.items():
             (line,) = [p for p in row.iter("path") if p.get("class") == "curve"]
             (band,) = [p for p in row.iter("path") if p.get("class") == "band"]
             ends[label] = points(line.get("d"))[-1]
             high, low = points(band.get("d"))[2], points(band.get("d"))[3]
             assert high[1] < ends[label][1] < low[1]
+            tops = {**tops, label: high[1]}
         scale = (ends[LABELS[0]][1] - ends[LABELS[1]][1]) / (64.5 - 55)
-        assert high[1] == pytest.approx(ends[LABELS[1]][1] - 1.5 * scale, abs=0.2)
+        assert tops[LABELS[1]] == pytest.approx(ends[LABELS[1]][1] - 1.5 * scale, abs=0.2)
     assert len({look.get("stroke") for look in svg.iter("path") if look.get("class") == "curve"}) == 2
 
 
@@ -226,35 +231,45 @@ def test_the_first_epochs_do_not_rule_an_axis(write_run, tmp_path):
 def test_at_most_eight_rows_are_drawn_at_first(write_run, tmp_path):
     folders = [write_run(f"r{i}", [50.0, 51.0 + i], epochs=i + 1) for i in range(12)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
-    for name in ("accuracy-curves", "loss-curves"):
-        for svg in drawings(text, name):
-            rows = drawn_rows(svg)
-            assert len(rows) == 12
-            assert sum("off" in row.get("class") for row in rows.values()) == 4
+    for svg in drawings(text, "accuracy-curves"):
+        rows = drawn_rows(svg)
+        assert len(rows) == 12
+        assert sum("off" in row.get("class") for row in rows.values()) == 4
+    assert len(re.findall(r'id="loss-\d+"', text)) == 8
     pressed = re.findall(r'aria-pressed="(\w+)" data-row', text.split('class="legend"')[1].split("</div>")[0])
     assert (pressed.count("true"), pressed.count("false")) == (8, 4)
     ranking = drawings(text, "ranking")
     assert all(len(drawn_rows(svg)) == 12 for svg in ranking)
 
 
-def test_the_ranked_chart(runs, tmp_path):
-    """Means, single seeds, and the intervals of scipy; the teacher as a line."""
+def test_the_ranked_chart(runs, write_run, tmp_path):
+    """Single seeds; from three seeds on the mean and the interval of scipy."""
     stats = pytest.importorskip("scipy.stats")
-    text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    third = write_run("none-s2", [41.0, 50.0, 56.5], method="none", seed=2)
+    text = write_report([*runs, third], tmp_path / "page.html").read_text(encoding="utf-8")
     head, *lines = numbers(text, "ranking")
-    assert head == ["row", "n", "mean", "std", "low95", "high95", "value1", "value2"]
+    assert head == ["row", "n", "mean", "std", "low95", "high95", "value1", "value2", "value3"]
     assert [line[0] for line in lines] == list(LABELS[::-1])
-    for line, method in zip(lines, ("dkd", "none"), strict=True):
-        values = [seed[-1] for seed in TOP1[method]]
-        interval = stats.t.interval(0.95, 1, np.mean(values), stats.sem(values))
-        expected = [2, np.mean(values), np.std(values, ddof=1), *interval, *values]
-        np.testing.assert_allclose([float(x) for x in line[1:]], expected)
+    two, three = ([seed[-1] for seed in TOP1[method]] for method in ("dkd", "none"))
+    three.append(56.5)
+    assert lines[0][4:6] == ["", ""]
+    expected = [2, np.mean(two), np.std(two, ddof=1), *two]
+    np.testing.assert_allclose([float(x) for x in lines[0][1:] if x], expected)
+    interval = stats.t.interval(0.95, 2, np.mean(three), stats.sem(three))
+    expected = [3, np.mean(three), np.std(three, ddof=1), *interval, *three]
+    np.testing.assert_allclose([float(x) for x in lines[1][1:]], expected)
     for svg in drawings(text, "ranking"):
-        for label, row in drawn_rows(svg).items():
-            seeds = [float(c.get("cx")) for c in row.iter("circle") if c.get("class") == "seed"]
-            (mean,) = [float(c.get("cx")) for c in row.iter("circle") if c.get("class") is None]
-            assert len(seeds) == 2
-            assert mean == pytest.approx(np.mean(seeds), abs=0.2), label
+        rows = drawn_rows(svg)
+        seeds, means, bars = {}, {}, {}
+        for label, row in rows.items():
+            circles = list(row.iter("circle"))
+            seeds[label] = [float(c.get("cx")) for c in circles if c.get("class") == "seed"]
+            means[label] = [float(c.get("cx")) for c in circles if c.get("class") is None]
+            bars[label] = [part for part in row.iter() if part.get("class") == "bar"]
+        assert {label: len(found) for label, found in seeds.items()} == {LABELS[1]: 2, LABELS[0]: 3}
+        assert (means[LABELS[1]], bars[LABELS[1]]) == ([], [])
+        assert means[LABELS[0]] == pytest.approx([np.mean(seeds[LABELS[0]])], abs=0.2)
+        assert len(bars[LABELS[0]]) == 1
 
 
 def diagnostics(values: list[float]) -> list[dict[str, Any]]:
@@ -276,7 +291,7 @@ def test_what_is_transferred_over_time(write_run, tmp_path):
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
     assert numbers(text, "test-tckd") == [["epoch", LABELS[1]], ["1", "5"], ["2", "2.5"]]
     head, *lines = numbers(text, "train-p_t")
-    assert head == ["epoch", LABELS[1], "teacher resnet20"]
+    assert head == ["epoch", LABELS[1], "teacher"]
     assert lines == [["1", "0.25", "0.8"], ["2", "0.125", "0.8"]]
     assert len(numbers(text, "test-agreement")[0]) == 2
     for absent in ("test-nckd", "test-gap", "train-ece"):
@@ -294,13 +309,14 @@ def test_settings_that_differ(write_run, tmp_path):
         write_run("k0", [1.0], method="kd", data={"kind": "digits", "train_limit": 9}),
     ]
     page = Page(write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8"))
-    start = page.rows.index(["field", LABELS[1], "kd: resnet20 → resnet8"])
-    found = {name: values for name, *values in page.rows[start + 1 :]}
-    assert found["optim.lr"] == ["0.1", "0.05"]
-    assert found["data.train_limit"] == ["–", "9"]
-    assert found["method.name"] == ["dkd", "kd"]
-    assert found["method.beta"] == ["8.0", "–"]
-    assert not {"seed", "out", "epochs", "student.name", "data.kind"} & set(found)
+    start = page.rows.index(["row", "settings that differ between rows"])
+    found = {row[0]: row[1] for row in page.rows[start + 1 : start + 3]}
+    assert "optim.lr 0.1" in found[LABELS[1]].split(" · ")
+    assert {"optim.lr 0.05", "data.train_limit 9"} <= {*found["KD"].split(" · ")}
+    assert "train_limit" not in found[LABELS[1]]
+    assert "method.beta 8" in found[LABELS[1]].split(" · ")
+    named = {text.split()[0] for row in found.values() for text in row.split(" · ")}
+    assert not {"seed", "out", "epochs", "student.name", "data.kind", "method.name"} & named
     same = write_report(folders[:2], tmp_path / "same.html").read_text(encoding="utf-8")
     assert "Different settings" not in same
 
@@ -323,8 +339,8 @@ def test_published_runs_of_the_recipes(write_run, tmp_path):
     assert first[2].startswith("megvii-research/mdistiller@a08d46f:configs/cifar100/dkd/")
     # The folder is written with DKD's default β.
     assert first[3] == "epochs 60 for 240; drops 37.5, 45, 52.5 for 150, 180, 210; method.beta 8 for 6"
-    assert second[1:3] == ["default, not published", "–"]
-    assert page.rows[start + 3][0] == "field"  # the next table: a recipe of a plug-in has no row
+    # The next table: a recipe without a published figure has no row, nor has one of a plug-in.
+    assert second[0] == "row"
 
 
 def test_a_run_of_one_epoch_and_one_under_way(write_run, tmp_path):
@@ -333,8 +349,8 @@ def test_a_run_of_one_epoch_and_one_under_way(write_run, tmp_path):
     with open(other / "metrics.jsonl", "a") as file:
         file.write('{"kind": "ev')
     text = write_report([one, other], tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "dkd: resnet20 → resnet8 (under way)" in text
-    assert "baseline: resnet8 (under way)" not in text
+    assert "DKD (under way)" in text
+    assert "student alone (under way)" not in text
 
 
 def test_a_failure_leaves_the_old_page(runs, tmp_path):
@@ -380,8 +396,8 @@ def test_a_student_that_was_evaluated_only(write_run, tmp_path):
     folders = [write_run("n", [50.0], method="none"), evaluated(write_run, "own", 66.0)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
-    (own,) = [row for row in page.rows if row[0] == "evaluated: resnet8" and len(row) == 10]
-    assert own[-4:-2] == ["–", "–"]
+    (own,) = [row for row in page.rows if row[0] == "resnet8, evaluated" and len(row) == 7]
+    assert own[4:6] == ["–", "–"]  # seconds, ms/step
     assert "Resnet8, evaluated 66.0\u00a0%, 16.0 points above the student alone" in text
 
 
@@ -420,7 +436,7 @@ def test_a_longer_run_does_not_rule_the_axis(write_run, tmp_path):
     """A teacher's loss over many more steps, beside that of a student."""
     folders = [write_run("t", [50.0] * 40, method="none"), write_run("s", [50.0] * 4)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
-    for svg in drawings(text, "loss-curves"):
+    for svg in drawings(text, "loss-0") + drawings(text, "loss-1"):
         height = float(svg.get("viewBox").split()[3])
         for row in drawn_rows(svg).values():
             (line,) = [p for p in row.iter("path") if p.get("class") == "curve"]

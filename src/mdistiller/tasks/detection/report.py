@@ -35,7 +35,6 @@ MOST = 6  # images that are drawn
 _LONG_SIDE = 480  # pixels of a photograph on the page
 _UNUSED = ("train_annotations", "train_images", "train_limit", "masks", "keep_empty")
 SCORE = 0.3  # lowest of a prediction that is drawn
-UNFOLDED = 30  # classes of a table that is shown without a click
 
 
 def boxes(rows: PageRows, images: int, device: str, found: RunOutputs | None = None) -> list[html.Section]:
@@ -64,7 +63,9 @@ def boxes(rows: PageRows, images: int, device: str, found: RunOutputs | None = N
         failures.append(f"The predictions cannot be evaluated: {error}")
     parts = [
         html.panels(
-            html.panel(label, _drawing(shown, k, photograph, own, label)) for label, own in results.items()
+            html.panel(label, _drawing(shown, k, photograph, results[label], label))
+            for label in rows.pictured
+            if label in results
         )
         for k, photograph in enumerate(photographs)
     ]
@@ -139,11 +140,11 @@ def by_class(
         ]
         first = f'<th scope="row" data-value="{escape(name)}">{escape(name)}</th>'
         cells.append([first, f'<td data-value="{count}">{count:,}</td>', *texts])
-    head = html.sortable(("class", "objects", *(rows.names[label] for label in results)))
+    head = html.sortable(("class", "objects", *results))
     table = html.html_table(head, cells, "Table of AP by class", name="class-ap-table")
     note = f"AP in percent of each row's first seed on {len(images):,} test images. –: no object."
     title = f"{len(images.categories)} classes"
-    body = html.folded(title, table, unfolded=len(images.categories) <= UNFOLDED)
+    body = html.folded(title, table, unfolded=len(images.categories) <= html.LONG)
     return html.Section("class-ap", "AP by class", body + html.paragraph(note, "note"))
 
 

@@ -59,7 +59,7 @@ def masks(rows: PageRows, images: int, device: str, found: RunOutputs | None = N
         check_same_images(_test_images(run, images), data, *_UNUSED)
         return _predict(run, [image for image, _ in pairs], shown.classes, target)
 
-    results, failures = of_first_runs(rows.groups, predict)
+    results, failures = of_first_runs({label: rows.groups[label] for label in rows.pictured}, predict)
     for label, own in results.items():
         for k, predicted in enumerate(own):
             seen |= {int(i) for i in np.unique(predicted)}

@@ -12,7 +12,6 @@ from mdistiller.tasks.classification.report.measures import correlation_differen
 from mdistiller.tasks.classification.report.outputs import ClassifierOutputs
 
 _SIDE = 300
-MANY = 30  # classes
 LARGEST = 100  # pairs of many classes whose differences are saved
 
 
@@ -20,8 +19,7 @@ def correlations(found: ClassifierOutputs, rows: PageRows) -> list[html.Section]
     """Returns heat maps of |student's − teacher's| correlation of logits, for each row's first seed."""
     if found.splits is None or not found.teachers:
         return []
-    shown = [label for label in rows.shown if label in found.teachers]
-    shown = shown if found.splits.num_classes <= MANY else shown[:4]  # pictures of many classes are large
+    shown = [label for label in rows.pictured if label in found.teachers]
     matrices = {
         label: correlation_difference(found.students[label][0].logits, found.teachers[label].logits).numpy()
         for label in shown
@@ -31,12 +29,11 @@ def correlations(found: ClassifierOutputs, rows: PageRows) -> list[html.Section]
     top = max(float(np.nanmax(matrix, initial=0)) for matrix in matrices.values())
     parts = []
     for i, (label, matrix) in enumerate(matrices.items()):
-        title = rows.names[label]
-        parts.append(_matrix_chart(f"correlation-{i}", title, matrix, top, found.splits.classes))
+        parts.append(_matrix_chart(f"correlation-{i}", label, matrix, top, found.splits.classes))
     caption = (
         f"Pearson's correlation of every two classes' logits over {found.images:,} test images: the absolute "
-        "difference between student (first seed) and teacher, as in Figure 4 of the DKD paper. Paler: the "
-        f"two classes are related for the student as they are for the teacher. Full colour: {top:.2f}."
+        "difference between student (first seed) and teacher, as in Figure 4 of the DKD paper. Faint: the "
+        f"two classes are related for the student as they are for the teacher. Full color: {top:.2f}."
     )
     if len(shown) < len(found.teachers):
         caption += f" {len(shown)} of {len(found.teachers)} rows are drawn."
@@ -47,7 +44,7 @@ def correlations(found: ClassifierOutputs, rows: PageRows) -> list[html.Section]
 def _matrix_chart(name: str, title: str, matrix: np.ndarray, top: float, names: Sequence[str]) -> str:
     """Returns a panel with the differences of every two classes as a heat map."""
     row, column = divmod(int(np.nan_to_num(matrix).argmax()), len(names))
-    summary = f"mean of two classes {off_diagonal_mean(torch.from_numpy(matrix)):.3f}"
+    summary = f"mean difference {off_diagonal_mean(torch.from_numpy(matrix)):.3f}"
     alt = (
         f"Heat map of the absolute difference between the correlation matrices of {title} and its teacher"
         f": {summary}; the largest, {matrix[row, column]:.2f}, between {names[row]} and {names[column]}."

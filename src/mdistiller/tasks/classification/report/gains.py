@@ -9,8 +9,6 @@ import mdistiller.report.markup as html
 from mdistiller.report.page_rows import PageRows
 from mdistiller.tasks.classification.report.outputs import ClassifierOutputs
 
-UNFOLDED = 30  # classes of a table that is shown without a click
-
 
 def gains(found: ClassifierOutputs, rows: PageRows) -> list[html.Section]:
     """Returns the metric of each class and row, minus that of the row's baseline, the largest gain first."""
@@ -35,14 +33,14 @@ def gains(found: ClassifierOutputs, rows: PageRows) -> list[html.Section]:
         ]
         for i in order
     ]
-    head = html.sortable(("class", *(rows.names[label] for label in labels), "mean"))
+    head = html.sortable(("class", *labels, "mean"))
     table = html.html_table(head, lines, "Table of gains by class", name="class-gains")
-    words = _words(gain, mean, names, sorted({rows.names[row] for row in found.baselines.values()}))
+    words = _words(gain, mean, names, sorted(set(found.baselines.values())))
     note = (
         f"{found.class_metric}, mean over seeds, minus that of the baseline, in percentage points. "
         f"{found.step_of_class()}"
     )
-    body = html.folded(f"{len(order)} classes", table, unfolded=len(order) <= UNFOLDED)
+    body = html.folded(f"{len(order)} classes", table, unfolded=len(order) <= html.LONG)
     parts = html.paragraph(words) + body + html.paragraph(note, "note")
     return [html.Section("gains", "Gains and losses by class", parts)]
 

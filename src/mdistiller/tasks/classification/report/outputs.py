@@ -197,11 +197,8 @@ def run_models(rows: PageRows, images: int, device: str = "auto") -> ClassifierO
         except (MDistillerError, OSError) as error:
             found.failures.append(f"The teacher of {label} cannot run on the images: {error}")
     shown = {label: groups[label] for label in found.students}
-    with_teacher = [label for label, runs in shown.items() if runs[0].teacher is not None]
-    # Rows without a teacher are compared only if no row has one; without a baseline, with the first row.
-    for label in with_teacher or shown:
-        other = find_baseline(groups[label][0], shown) or next(iter(shown))
-        if other != label:
+    for label, runs in shown.items():
+        if runs[0].teacher is not None and (other := find_baseline(runs[0], shown)) is not None:
             found.baselines[label] = other
     return found
 
