@@ -38,13 +38,13 @@ class Command(Settings):
 
 def blob(
     rng: np.random.Generator,
-    centre: np.ndarray,
+    center: np.ndarray,
     radius: float,
     *,
     stretch: float = 1.15,
     wobble: float = 0.04,
 ) -> Image.Image:
-    """Draws the mask of an ellipse with a slightly uneven edge; centre and radius in drawn pixels."""
+    """Draws the mask of an ellipse with a slightly uneven edge; center and radius in drawn pixels."""
     angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     turn, long = rng.uniform(0, np.pi), rng.uniform(1, stretch)
     edge = 1 + sum(
@@ -52,7 +52,7 @@ def blob(
     )
     x, y = radius * edge * long * np.cos(angles), radius * edge / long * np.sin(angles)
     cos, sin = math.cos(turn), math.sin(turn)
-    points = centre + np.stack([cos * x - sin * y, sin * x + cos * y], 1)
+    points = center + np.stack([cos * x - sin * y, sin * x + cos * y], 1)
     mask = Image.new("L", (SIDE * SCALE,) * 2)
     ImageDraw.Draw(mask).polygon([tuple(p) for p in points.tolist()], fill=255)
     return mask
@@ -64,57 +64,57 @@ class Smear:
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
         self.stain = rng.normal(1, 0.12, 3) * rng.uniform(0.85, 1.1)
-        self.picture = Image.new("RGB", (SIDE * SCALE,) * 2, self._colour((226, 214, 214)))
+        self.picture = Image.new("RGB", (SIDE * SCALE,) * 2, self._color((226, 214, 214)))
         self.boxes: list[tuple[int, list[float]]] = []
 
-    def _colour(self, colour: tuple[int, int, int]) -> tuple[int, ...]:
-        changed = np.array(colour) * self.stain + self.rng.normal(0, 4, 3)
+    def _color(self, color: tuple[int, int, int]) -> tuple[int, ...]:
+        changed = np.array(color) * self.stain + self.rng.normal(0, 4, 3)
         return tuple(int(c) for c in changed.clip(0, 255))
 
-    def paint(self, mask: Image.Image, colour: tuple[int, int, int], opacity: float) -> None:
-        """Lays a colour over the masked part, with a soft edge."""
+    def paint(self, mask: Image.Image, color: tuple[int, int, int], opacity: float) -> None:
+        """Lays a color over the masked part, with a soft edge."""
         soft = mask.filter(ImageFilter.GaussianBlur(SCALE * 0.5)).point(lambda v: round(v * opacity))
-        self.picture.paste(self._colour(colour), (0, 0), soft)
+        self.picture.paste(self._color(color), (0, 0), soft)
 
-    def add(self, kind: str, centre: np.ndarray) -> None:
+    def add(self, kind: str, center: np.ndarray) -> None:
         """Draws a cell around a point in drawn pixels; its box is that of its outline within the image."""
         rng = self.rng
         if kind == "red cell":
             radius = rng.uniform(9.5, 12.5) * SCALE
-            outline = blob(rng, centre, radius)
+            outline = blob(rng, center, radius)
             self.paint(outline, (205, 140, 140), 0.75)
-            self.paint(blob(rng, centre, radius * 0.4, wobble=0.02), (228, 195, 195), 0.7)
+            self.paint(blob(rng, center, radius * 0.4, wobble=0.02), (228, 195, 195), 0.7)
         elif kind == "platelet":
-            outline = blob(rng, centre, rng.uniform(3.5, 5) * SCALE, stretch=1.3, wobble=0.12)
+            outline = blob(rng, center, rng.uniform(3.5, 5) * SCALE, stretch=1.3, wobble=0.12)
             self.paint(outline, (150, 110, 175), 0.85)
         else:
-            outline = self._white(kind, centre)
+            outline = self._white(kind, center)
         box = outline.point(lambda v: 255 * (v > 127)).getbbox()
         if box is not None:
             self.boxes.append((CLASSES.index(kind) + 1, [side / SCALE for side in box]))
 
-    def _white(self, kind: str, centre: np.ndarray) -> Image.Image:
+    def _white(self, kind: str, center: np.ndarray) -> Image.Image:
         rng = self.rng
         radius = rng.uniform(*{"lymphocyte": (12, 15), "monocyte": (17, 20)}.get(kind, (15, 18))) * SCALE
-        outline = blob(rng, centre, radius, wobble=0.06)
+        outline = blob(rng, center, radius, wobble=0.06)
         self.paint(
             outline,
             {"lymphocyte": (175, 180, 215), "monocyte": (185, 185, 205)}.get(kind, (215, 190, 205)),
             0.9,
         )
         if kind == "lymphocyte":
-            nucleus = blob(rng, centre, radius * rng.uniform(0.72, 0.85))
+            nucleus = blob(rng, center, radius * rng.uniform(0.72, 0.85))
         elif kind == "monocyte":
             angle, offset = rng.uniform(0, 2 * np.pi), radius * 0.45
-            bite = centre + offset * np.array([math.cos(angle), math.sin(angle)])
-            whole = blob(rng, centre, radius * 0.68)
+            bite = center + offset * np.array([math.cos(angle), math.sin(angle)])
+            whole = blob(rng, center, radius * 0.68)
             nucleus = ImageChops.subtract(whole, blob(rng, bite, radius * rng.uniform(0.25, 0.4)))
         else:
             lobes = 2 if kind == "eosinophil" else int(rng.integers(2, 5))
             turn, nucleus = rng.uniform(0, 2 * np.pi), Image.new("L", outline.size)
             for i in range(lobes):
                 angle = turn + (i - (lobes - 1) / 2) * rng.uniform(1.1, 1.6)
-                at = centre + radius * 0.45 * np.array([math.cos(angle), math.sin(angle)])
+                at = center + radius * 0.45 * np.array([math.cos(angle), math.sin(angle)])
                 nucleus = ImageChops.lighter(nucleus, blob(rng, at, radius * rng.uniform(0.28, 0.36)))
         self.paint(ImageChops.darker(nucleus, outline), (95, 65, 150), 0.9)
         if kind == "eosinophil":
@@ -122,7 +122,7 @@ class Smear:
             draw = ImageDraw.Draw(grains)
             for _ in range(90):
                 angle, far = rng.uniform(0, 2 * np.pi), radius * math.sqrt(rng.uniform(0, 0.9))
-                x, y = centre + far * np.array([math.cos(angle), math.sin(angle)])
+                x, y = center + far * np.array([math.cos(angle), math.sin(angle)])
                 draw.ellipse((x - SCALE * 0.7, y - SCALE * 0.7, x + SCALE * 0.7, y + SCALE * 0.7), fill=255)
             self.paint(ImageChops.darker(grains, ImageChops.subtract(outline, nucleus)), (205, 105, 85), 0.8)
         return outline
@@ -146,10 +146,10 @@ def draw(rng: np.random.Generator) -> Smear:
     for kind in kinds:
         reach = {"red cell": 9.0, "platelet": 5.0}.get(kind, 15.0)  # of which others keep away
         for _ in range(50):
-            centre = rng.uniform(6, SIDE - 6, 2)
-            if all(np.hypot(*(centre - other)) > reach + far for other, far in taken):
-                taken.append((centre, reach))
-                smear.add(kind, centre * SCALE)
+            center = rng.uniform(6, SIDE - 6, 2)
+            if all(np.hypot(*(center - other)) > reach + far for other, far in taken):
+                taken.append((center, reach))
+                smear.add(kind, center * SCALE)
                 break
     return smear
 

@@ -10,7 +10,7 @@
 Each variant is a process of its own with the same models, loss and optimizer, and they take turns of some
 steps. A step is all that a trainer does for a batch. With `--photos`, each reads, crops and flips the images
 of the folder (train/CLASS, val/CLASS) by its own loader, in its own process, so a turn of as many steps as
-the folder has batches is an epoch. Without it, the peers get normalised batches that lie ready in memory,
+the folder has batches is an epoch. Without it, the peers get normalized batches that lie ready in memory,
 while ours still crops and flips; the reference reads arrays through PIL. timm's step is that of its
 `LogitDistillationTask`, which takes timm's models alone, torchdistill's that of its `DistillationBox`, the
 reference's that of its trainer.

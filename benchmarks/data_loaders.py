@@ -3,7 +3,7 @@
     python benchmarks/data_loaders.py DIR [--workers 2] [--image-size 224] [--out results/data_loaders]
 
 DIR has class folders of images, or one of them named train. The files are streamed from disk. All loaders
-make training batches of the same kind on the device: a random resized crop, a flip, normalised float32. They
+make training batches of the same kind on the device: a random resized crop, a flip, normalized float32. They
 take turns of one epoch each, so that a disturbance affects all of them. timm is left out if it is missing.
 """
 

@@ -39,7 +39,7 @@ Step = tuple[Batch, Outputs]
 
 
 def read(folder: Path, split: str, classes: list[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads the first images of some classes, normalised [N, 3, 32, 32], and their labels."""
+    """Reads the first images of some classes, normalized [N, 3, 32, 32], and their labels."""
     raw = pickle.loads((folder / "cifar-100-python" / split).read_bytes(), encoding="bytes")
     images = torch.from_numpy(raw[b"data"]).view(-1, 3, 32, 32).float() / 255
     labels = torch.tensor(raw[b"fine_labels"])

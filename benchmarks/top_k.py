@@ -49,7 +49,7 @@ def main(c: Command) -> None:
     data = DataConfig(kind="cifar100", root=c.data_root, train_limit=1, test_limit=c.images)
     splits = load_data(data)
     prepare = Augment(AugmentConfig(), splits.mean, splits.std, 100).eval()
-    images, labels = prepare.normalise(splits.test.images), splits.test.labels
+    images, labels = prepare.normalize(splits.test.images), splits.test.labels
     outputs = []
     for name, file in (("resnet56", c.teacher), ("resnet20", c.student)):
         model: nn.Module = mdistiller.create_model(name, num_classes=100)

@@ -182,7 +182,7 @@ def block(text):
 
 
 def help_of(arguments):
-    """Returns the output of a command with `--help`, 80 columns wide and without colours."""
+    """Returns the output of a command with `--help`, 80 columns wide and without colors."""
     from mdistiller.cli.main import run
 
     before = dict(os.environ)

@@ -1,4 +1,4 @@
-"""A detector of one's own, in one file: each cell of two maps gives a class and a box around its centre.
+"""A detector of one's own, in one file: each cell of two maps gives a class and a box around its center.
 
     mdistiller train small.teacher.my_detector --plugin examples/my_detector.py --data.root DIR
     mdistiller train small.fitnet.my_detector --plugin examples/my_detector.py --data.root DIR \
@@ -50,26 +50,26 @@ class MyDetector(nn.Module):
         ]
         return torch.cat(logits, 1), torch.cat(sides, 1)
 
-    def centres(self, maps):
-        """Centres of the cells in pixels, [cells, 2]."""
+    def centers(self, maps):
+        """Centers of the cells in pixels, [cells, 2]."""
         found = []
         for x, stride in zip(maps.values(), STRIDES.values(), strict=True):
             rows, columns = (torch.arange(n, device=x.device) * stride + stride / 2 for n in x.shape[2:])
             found.append(torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1).flatten(0, 1))
         return torch.cat(found)
 
-    def assign(self, centres, target):
-        """Each cell's object, the smallest around its centre, or -1."""
+    def assign(self, centers, target):
+        """Each cell's object, the smallest around its center, or -1."""
         boxes = target["boxes"]
         if not len(boxes):
-            return torch.full((len(centres),), -1, device=centres.device)
-        inside = (centres[:, None] > boxes[:, :2]) & (centres[:, None] < boxes[:, 2:])
+            return torch.full((len(centers),), -1, device=centers.device)
+        inside = (centers[:, None] > boxes[:, :2]) & (centers[:, None] < boxes[:, 2:])
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         smallest = torch.where(inside.all(2), areas, torch.inf).min(1)
         return torch.where(smallest.values.isfinite(), smallest.indices, -1)
 
     def losses(self, logits, boxes, matches, targets):
-        """Focal loss of the classes, and one minus the generalised overlap of the boxes."""
+        """Focal loss of the classes, and one minus the generalized overlap of the boxes."""
         wanted, pairs = torch.zeros_like(logits), []
         for i, (match, target) in enumerate(zip(matches, targets, strict=True)):
             cells = (match >= 0).nonzero()[:, 0]
@@ -88,7 +88,7 @@ class MyDetector(nn.Module):
             return MyAdapter(self).train(images, targets)[0]
         maps = self.features(MyAdapter(self).prepare(images).tensors)
         logits, sides = self.heads(maps)
-        boxes = corners(self.centres(maps), sides)
+        boxes = corners(self.centers(maps), sides)
         found = []
         for scores, places, image in zip(logits.sigmoid(), boxes, images, strict=True):
             best, classes = scores.max(1)
@@ -98,9 +98,9 @@ class MyDetector(nn.Module):
         return found
 
 
-def corners(centres, sides):
-    """Centres [cells, 2] and distances [B, cells, 4] to boxes x1, y1, x2, y2."""
-    return torch.cat([centres - sides[..., :2], centres + sides[..., 2:]], -1)
+def corners(centers, sides):
+    """Centers [cells, 2] and distances [B, cells, 4] to boxes x1, y1, x2, y2."""
+    return torch.cat([centers - sides[..., :2], centers + sides[..., 2:]], -1)
 
 
 class MyAdapter(DetectorAdapter):
@@ -126,9 +126,9 @@ class MyAdapter(DetectorAdapter):
         prepared = self.prepare(images)
         maps = self.features(prepared)
         logits, sides = self.model.heads(maps)
-        centres = self.model.centres(maps)
-        boxes = corners(centres, sides)
-        matches = [self.model.assign(centres, target) for target in targets]
+        centers = self.model.centers(maps)
+        boxes = corners(centers, sides)
+        matches = [self.model.assign(centers, target) for target in targets]
         labels = [
             torch.where(m < 0, 0, torch.cat([t["labels"], t["labels"].new_zeros(1)])[m])
             for m, t in zip(matches, targets, strict=True)
@@ -151,9 +151,9 @@ class MyAdapter(DetectorAdapter):
             torch.full((x[0, 0].numel(), 1), 2.0 * s)
             for x, s in zip(maps.values(), STRIDES.values(), strict=True)
         ]
-        centres = self.model.centres(maps)
-        half = torch.cat(sizes).to(centres)
-        return torch.cat([centres - half, centres + half], 1)
+        centers = self.model.centers(maps)
+        half = torch.cat(sizes).to(centers)
+        return torch.cat([centers - half, centers + half], 1)
 
     def anchors(self, images):
         return [self.squares(self.features(images))] * len(images.tensors)
@@ -162,11 +162,11 @@ class MyAdapter(DetectorAdapter):
         return self.model.heads(features)[0].flatten(0, 1)
 
     def decode(self, student):
-        centres = (student.anchors[0][:, :2] + student.anchors[0][:, 2:]) / 2
-        return corners(centres, student.offsets).flatten(0, 1)
+        centers = (student.anchors[0][:, :2] + student.anchors[0][:, 2:]) / 2
+        return corners(centers, student.offsets).flatten(0, 1)
 
     def boxes(self, features, images, student):
-        return corners(self.model.centres(features), self.model.heads(features)[1]).flatten(0, 1)
+        return corners(self.model.centers(features), self.model.heads(features)[1]).flatten(0, 1)
 
 
 @register_detector  # or @register_detector("another_name")

@@ -16,7 +16,7 @@ from mdistiller.taps import probe
 
 
 class MyHintConfig(MethodConfig):
-    """Hyper-parameters of the method."""
+    """Hyperparameters of the method."""
 
     weight: float = 1.0
     """Weight of the feature loss."""

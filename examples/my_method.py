@@ -1,4 +1,4 @@
-"""A method in one file: match the direction of the centred logits.
+"""A method in one file: match the direction of the centered logits.
 
     mdistiller train digits.my_cosine.resnet20_resnet8 --plugin examples/my_method.py \
         --teacher.checkpoint RUN --method.weight 2
@@ -15,7 +15,7 @@ from mdistiller.methods import Card
 
 
 class MyCosineConfig(MethodConfig):
-    """Hyper-parameters; each becomes a flag, such as `--method.weight`."""
+    """Hyperparameters; each becomes a flag, such as `--method.weight`."""
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the cosine loss."""
@@ -23,7 +23,7 @@ class MyCosineConfig(MethodConfig):
 
 @register_method("my_cosine")
 class MyCosine(Method):
-    """Computes one minus the cosine between the student's and the teacher's centred logits."""
+    """Computes one minus the cosine between the student's and the teacher's centered logits."""
 
     Config = MyCosineConfig
     card = Card("an example", year=2026)

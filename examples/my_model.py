@@ -1,4 +1,4 @@
-"""A model of one's own, in one file: a small network for colour images of any size.
+"""A model of one's own, in one file: a small network for color images of any size.
 
     mdistiller train digits.teacher.my_cnn --plugin examples/my_model.py --student.options width 32
     mdistiller train digits.kd.my_cnn_resnet8 --plugin examples/my_model.py --teacher.checkpoint RUN \

@@ -18,7 +18,7 @@ FEATURES = Path(__file__).parents[1] / "examples" / "my_feature_method.py"
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Three classes of coloured noise, as PNG files of several sizes."""
+    """Three classes of colored noise, as PNG files of several sizes."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, n in (("train", 16), ("val", 6)):

@@ -277,7 +277,7 @@ def test_photographs_are_cropped_as_files_are():
     assert reader(DataConfig(kind=name)).image_size == 224
     chosen = splits.test.select(torch.tensor([1, 2]))
     assert torch.equal(chosen.labels, torch.tensor([1, 2]))
-    # The first test image, of 18 x 16 pixels: short side to 12, centre of 12.
+    # The first test image, of 18 x 16 pixels: short side to 12, center of 12.
     wide = Image.fromarray(DATA[1][0][0].numpy()).resize((18, 16))
     expected = np.asarray(wide.resize((13, 12), Image.Resampling.BILINEAR))[:, :12]
     found = splits.test.read(0, 0).numpy().astype(int)
@@ -545,12 +545,12 @@ WRONG = {
         wrong(data=((x.float(), y), DATA[1])),
         "images of train have values from 0 to 255; allowed: .*leave out Normalize",
     ),
-    "grey images": (
+    "gray images": (
         wrong(data=(DATA[0], (x[..., :1], y))),
         r"of test are torch.uint8 \[32, 16, 16, 1\]",
     ),
     "text": (wrong(data=("a", "b")), "data: train is a str; allowed: a Dataset with a length, or a pair"),
-    "normalised": (
+    "normalized": (
         wrong(data=(Floats(x.float() * 2, y), DATA[1])),
         r"train\[0\] has values .*leave out Normalize",
     ),

@@ -89,19 +89,19 @@ def test_own_loop():
 
 
 def test_a_linear_probe_finds_what_features_tell_apart(tmp_path, capsys):
-    """Images of ten greys, which features of any network tell apart, and images that are all the same."""
+    """Images of ten grays, which features of any network tell apart, and images that are all the same."""
     about = {"name": "resnet8", "image_size": 16, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
     student = mdistiller.create_model("resnet8", 10).eval()
     mdistiller.save_student(student, tmp_path / "run", classes=[*"0123456789"], **about)
-    greys = {"greys": range(0, 250, 25), "same": [9] * 10}
-    for data, values in greys.items():
+    grays = {"grays": range(0, 250, 25), "same": [9] * 10}
+    for data, values in grays.items():
         for split in ("train", "val"):
-            for k, grey in enumerate(values):
+            for k, gray in enumerate(values):
                 folder = tmp_path / data / split / str(k)
                 folder.mkdir(parents=True)
                 for i in range(4):
-                    Image.new("RGB", (20, 20), (grey,) * 3).save(folder / f"{i}.png")
-    for data, expected in (("greys", 100), ("same", 10)):
+                    Image.new("RGB", (20, 20), (gray,) * 3).save(folder / f"{i}.png")
+    for data, expected in (("grays", 100), ("same", 10)):
         argv = [str(tmp_path / "run"), "--data", str(tmp_path / data)]
         assert load_example("linear_probe").main(argv) == {tmp_path / "run": pytest.approx(expected)}
         assert capsys.readouterr().out == f"{tmp_path / 'run'}: {expected:.2f} %\n"

@@ -26,7 +26,7 @@ from torch import nn
 from mdistiller import create_model
 from mdistiller.config import OptimConfig
 from mdistiller.data import DataConfig, cifar, load_data
-from mdistiller.data.decoder import centre_crop, read_image
+from mdistiller.data.decoder import center_crop, read_image
 from mdistiller.data.unpickle import read_pickle
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.predict import load_export, load_predictor
@@ -34,7 +34,7 @@ from mdistiller.errors import CheckpointError, ConfigError, DataError
 from mdistiller.methods import list_methods
 from mdistiller.models import load_weights
 from mdistiller.models.weights import read_metadata
-from mdistiller.report.runs import load_run, summarise
+from mdistiller.report.runs import load_run, summarize
 from mdistiller.runs.checkpoint import load_state, save_student
 from mdistiller.runs.environment import environment
 from mdistiller.runs.folder import RunFolder
@@ -402,7 +402,7 @@ def test_images(folder, kind, data):
     image = outcome(lambda: read_image(path), DataError)
     if image is not None:
         assert image.mode == "RGB"
-        assert centre_crop(image, 8, 6).shape == (6, 6, 3)
+        assert center_crop(image, 8, 6).shape == (6, 6, 3)
 
 
 ANNOTATIONS = b"a.JPEG\tn01\t0\t0\t62\t62\nb.JPEG\tn02\t0\t0\t62\t62\n"
@@ -471,5 +471,5 @@ def test_files_of_a_run(folder, name, data):
     (folder / name).write_bytes(data.draw(damaged(RUN[name]) | random))
     run = outcome(lambda: load_run(folder), DataError)
     if run is not None:
-        (row,) = summarise([run])
+        (row,) = summarize([run])
         assert row.seeds == 1

@@ -239,8 +239,8 @@ def train(
     objects = Objects()
     data = changes.get("data")
     if data is not None and not (isinstance(data, Mapping) and "train" not in data):
-        labelled = getattr(config.data_settings, "labelled", True)
-        _, changes["data"], readers = find_data(data, labelled=labelled)
+        labeled = getattr(config.data_settings, "labeled", True)
+        _, changes["data"], readers = find_data(data, labeled=labeled)
         objects.data.update(readers)
         if readers and config.recipe.startswith("folder."):
             augment = changes.get("augment", {})
@@ -360,7 +360,7 @@ def distill(
     recipes = find_family(task or "folder")
     if recipes is None:
         raise UnknownNameError("task", str(task), list_families())
-    family, data_fields, readers = find_data(data, labelled=recipes.labelled)
+    family, data_fields, readers = find_data(data, labeled=recipes.labeled)
     family = task or family
     methods = [recipes.method if one is None else one for one in methods]
     objects.data.update(readers)

@@ -104,7 +104,7 @@ def find_model(given: object, role: str, objects: Objects, images: object = None
     return GivenTeacher(model.replace(**fields), found.data)
 
 
-def find_data(given: object, *, labelled: bool = True) -> tuple[str, Line, dict[str, Reader]]:
+def find_data(given: object, *, labeled: bool = True) -> tuple[str, Line, dict[str, Reader]]:
     """Returns the family of recipes for data, fields of their config, and the reader of objects by name.
 
     Without labels, a `Dataset` alone serves, of which a tenth is held out.
@@ -120,7 +120,7 @@ def find_data(given: object, *, labelled: bool = True) -> tuple[str, Line, dict[
         fields = {"kind": given}
     elif isinstance(given, tuple | list) and len(given) == 2 and not hasattr(given[0], "dtype"):
         fields = dict(zip(("train", "test"), given, strict=True))
-    elif not labelled and hasattr(given, "__getitem__") and not isinstance(given, Mapping | Tensor):
+    elif not labeled and hasattr(given, "__getitem__") and not isinstance(given, Mapping | Tensor):
         fields = {"train": given}
     elif not isinstance(fields, Mapping):
         raise ConfigError(
@@ -134,7 +134,7 @@ def find_data(given: object, *, labelled: bool = True) -> tuple[str, Line, dict[
         kind = fields.setdefault("kind", "folder")
         return kind if kind in list_families() else "folder", fields, {}
     train, test, classes = (fields.pop(name, None) for name in ("train", "test", "classes"))
-    if test is None and not labelled:
+    if test is None and not labeled:
         fields.setdefault("val_fraction", 0.1)
     if test is None and fields.get("val_fraction") is None:
         raise ConfigError("data: no test set; give (train, test), or {'train': …, 'val_fraction': 0.1}")

@@ -33,10 +33,10 @@ def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
         )
 
 
-def check_probabilities(target: Tensor, *, has_unlabelled: bool = False) -> None:
+def check_probabilities(target: Tensor, *, has_unlabeled: bool = False) -> None:
     """Checks that float targets are class probabilities; it waits for the device.
 
-    Rows that are mixed with images without a class, as `has_unlabelled` allows, sum to less than one.
+    Rows that are mixed with images without a class, as `has_unlabeled` allows, sum to less than one.
 
     Raises:
         ConfigError: float targets whose rows do not sum to one, as of multi-label data.
@@ -44,7 +44,7 @@ def check_probabilities(target: Tensor, *, has_unlabelled: bool = False) -> None
     if not target.is_floating_point() or target.ndim != 2:
         return
     sums = target.detach().float().sum(-1)
-    off = sums > 1.01 if has_unlabelled else (sums - 1).abs() > 1e-2
+    off = sums > 1.01 if has_unlabeled else (sums - 1).abs() > 1e-2
     if bool(off.any()):
         raise ConfigError(
             "target: float targets are class probabilities, and each row must sum to one; got a row that "
@@ -113,7 +113,7 @@ def check_target(method: Method, target: Tensor, logits: Tensor) -> None:
         if low < 0 or high >= classes:
             wrong = target[(target >= classes) | ((target < 0) & (target != IGNORED))]
             fits, got = not len(wrong), f"the class {wrong[0]}" if len(wrong) else got
-        if fits and low < 0 and method.needs.labels and not method.has_unlabelled:
+        if fits and low < 0 and method.needs.labels and not method.has_unlabeled:
             raise ConfigError(
                 f"target: got -100, an image without a class, and method {method.config.method_name!r} reads "
                 "labels; allowed: Distiller(..., labels=…) with the training set's, -100 among them, or a "
@@ -128,7 +128,7 @@ def check_target(method: Method, target: Tensor, logits: Tensor) -> None:
             f"target: got {got}; allowed for logits {list(logits.shape)}: int64 [{rows}], classes 0 … "
             f"{classes - 1} or -100 for none, or float [{rows}, {classes}], probabilities{fix}"
         )
-    check_probabilities(target, has_unlabelled=method.has_unlabelled)
+    check_probabilities(target, has_unlabeled=method.has_unlabeled)
 
 
 def check_teacher(outputs: Outputs, inputs: Inputs) -> None:

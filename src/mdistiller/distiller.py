@@ -24,7 +24,7 @@ from mdistiller.checks import (
     without_logits,
 )
 from mdistiller.errors import ConfigError
-from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy, labelled_rows
+from mdistiller.losses import TaskLoss, as_rows, binary_cross_entropy, cross_entropy, labeled_rows
 from mdistiller.methods import Method, MethodConfig, method_config
 from mdistiller.methods.compose import build_method
 from mdistiller.methods.several import Several
@@ -75,7 +75,7 @@ class StudentPass(NamedTuple):
 class Distiller(nn.Module):
     """Distillation in one's own training loop.
 
-    A call returns the loss to minimise, the losses by name and the student's logits. `parameters()` and
+    A call returns the loss to minimize, the losses by name and the student's logits. `parameters()` and
     `state_dict()` hold everything that trains (the student's and the method's parts), not the teacher, which
     only moves along with `to()`. Example::
 
@@ -100,7 +100,7 @@ class Distiller(nn.Module):
     Student and teacher are not changed when the distiller is built. A method that adds to the student (SimKD)
     works on a copy: train, evaluate and save `distiller.student`.
 
-    A teacher that is made for other images than those in the batches gets its own, renormalised and scaled::
+    A teacher that is made for other images than those in the batches gets its own, renormalized and scaled::
 
         images = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
         Distiller(student, teacher, student_input=images, teacher_input=teacher.pretrained_cfg)  # timm
@@ -126,7 +126,7 @@ class Distiller(nn.Module):
         multi_label: images have several classes: targets are float [B, classes], 0 or 1, or -100 where
             unknown, the task loss is binary cross-entropy, and the method is "binary_kd", one of features, or
             a sum.
-        student_input: mean and standard deviation by which the images in the batches are normalised, in a
+        student_input: mean and standard deviation by which the images in the batches are normalized, in a
             form of `teacher_input`; its size is not read. Needed beside a `teacher_input` that has them.
         teacher_input: mean, standard deviation and size of the images for which the teacher is made: a
             mapping with `mean`, `std` and `image_size`, each of which may be left out, the `pretrained_cfg`
@@ -142,7 +142,7 @@ class Distiller(nn.Module):
         classes: number of the teacher's classes, in place of a teacher whose outputs are given to each call.
         teacher_weights: factors of the losses of several teachers. None: 1 each.
         teacher_dropout: probability that one of several teachers is left out of a training call.
-        settings: the method's hyper-parameters by name.
+        settings: the method's hyperparameters by name.
 
     Raises:
         UnknownNameError: no such method or tap.
@@ -223,7 +223,7 @@ class Distiller(nn.Module):
         if task_loss is None:
             task_loss = binary_cross_entropy
             if not multi_label:
-                task_loss = cross_entropy(label_smoothing, has_unlabelled=method.has_unlabelled)
+                task_loss = cross_entropy(label_smoothing, has_unlabeled=method.has_unlabeled)
         self.student, self.method, self.task_loss = student, method, task_loss
         # A function of the user's own may have cut the logits already.
         predict_next = not callable(logits_of) and any(map(predicts_next, (student, *teachers)))
@@ -370,13 +370,13 @@ class Distiller(nn.Module):
         checks = not torch.compiler.is_compiling() and (device.type == "cpu" or not self._checked)
         if checks and self._has_classes and task is None and logits.ndim == 2:
             check_target(self.method, batch.label, logits)
-        labelled = target is not None or self.method.config.task_weight > 0
+        labeled = target is not None or self.method.config.task_weight > 0
         tap = self.method.needs.task_tap
         judged = student._replace(logits=student.features[tap]) if tap else student
-        own = task if task is not None else self.task_loss(judged, batch) if labelled else {}
+        own = task if task is not None else self.task_loss(judged, batch) if labeled else {}
         has_class: Tensor | None = None
         if self._as_rows and logits.ndim > 2 and not batch.label.is_floating_point():
-            student, teacher, batch, has_class = labelled_rows(student, teacher, batch)
+            student, teacher, batch, has_class = labeled_rows(student, teacher, batch)
         losses: dict[str, Tensor] = {}
         for key, value in (own if isinstance(own, dict) else {"task": own}).items():
             losses[key] = self.method.config.task_weight * value

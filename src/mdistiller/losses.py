@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import count_labelled, promote
+from mdistiller.methods.base import count_labeled, promote
 from mdistiller.types import IGNORED, Batch, Inputs, Outputs
 
 TaskLoss = Callable[[Outputs, Batch], Tensor | dict[str, Tensor]]
@@ -16,16 +16,16 @@ TaskLoss = Callable[[Outputs, Batch], Tensor | dict[str, Tensor]]
 
 
 def cross_entropy(
-    label_smoothing: float = 0.0, *, weights: Tensor | None = None, has_unlabelled: bool = False
+    label_smoothing: float = 0.0, *, weights: Tensor | None = None, has_unlabeled: bool = False
 ) -> TaskLoss:
     """Returns the task loss of classification: mean cross-entropy with the labels, in at least float32.
 
     Args:
         label_smoothing: share of the uniform distribution in the labels.
         weights: weight of each class, float [C]. The loss is −(1/B) Σ_b Σ_c w_c y_bc log p_bc.
-        has_unlabelled: batches may have images without a class (label -100), which do not count in B.
+        has_unlabeled: batches may have images without a class (label -100), which do not count in B.
     """
-    if weights is not None or has_unlabelled:
+    if weights is not None or has_unlabeled:
         return _CrossEntropy(label_smoothing, weights)
     return partial(_plain_cross_entropy, label_smoothing)
 
@@ -48,7 +48,7 @@ class _CrossEntropy(nn.Module):
 
     def forward(self, outputs: Outputs, batch: Batch) -> Tensor:
         logits, label, smoothing = promote(outputs.logits), batch.label, self.label_smoothing
-        count = count_labelled(label).clamp(min=1)
+        count = count_labeled(label).clamp(min=1)
         if label.is_floating_point() and smoothing:  # PyTorch's would give an image without a class a loss
             label = (1 - smoothing) * label + smoothing / label.shape[1] * label.sum(1, keepdim=True)
             smoothing = 0.0
@@ -164,7 +164,7 @@ def _positions(inputs: Inputs, logits: Tensor, *, is_known: bool) -> Tensor:
     return label.masked_fill(mask == 0, IGNORED)
 
 
-def labelled_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Outputs, Batch, Tensor]:
+def labeled_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Outputs, Batch, Tensor]:
     """Leaves out the rows of `as_rows` without a class, such as a text's padding.
 
     Returns also whether any row has a class, a 0-d bool tensor. If none has, all rows stay, with label 0: a

@@ -12,9 +12,9 @@ from mdistiller.errors import ConfigError, UnknownNameError, nearest_fields
 from mdistiller.types import Line
 
 Mean = Annotated[float, Field(ge=0, le=1)]
-"""Mean of a colour channel, for images scaled to [0, 1]."""
+"""Mean of a color channel, for images scaled to [0, 1]."""
 Std = Annotated[float, Field(gt=0, le=1)]
-"""Standard deviation of a colour channel, for images scaled to [0, 1]."""
+"""Standard deviation of a color channel, for images scaled to [0, 1]."""
 Side = Annotated[int, Field(ge=1, le=8192)]
 """Side of square images in pixels; a larger one exhausts any memory."""
 

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """Batch of samples.
 
     Attributes:
-        image: Float [B, C, H, W], normalised; before augmentation uint8 [B, H, W, C].
+        image: Float [B, C, H, W], normalized; before augmentation uint8 [B, H, W, C].
         label: Class ids, int64 [B], -100 for an image without a class; or float [B, classes], rows that sum
             to one (mixup, CutMix; less with a part without a class), or several classes each, in [0, 1].
         index: Position of each sample in the training set, int64 [B], read by memory banks.
@@ -158,7 +158,7 @@ class DataInfo(NamedTuple):
         logits_of: Entry of the models' results that holds the logits; None: it is found.
         taps: Default taps of feature methods, the student's and the teacher's; None: each method's own.
         are_maps: Features are maps [B, C, H, W], whatever their shape looks like.
-        only_labelled: Means over samples leave out those without a class, for methods that read no label too.
+        only_labeled: Means over samples leave out those without a class, for methods that read no label too.
         are_embeddings: The models return embeddings [B, D] as their logits.
         images: Yields every training image once, prepared as for evaluation; None if they are not at hand.
     """
@@ -169,7 +169,7 @@ class DataInfo(NamedTuple):
     logits_of: LogitsOf = None
     taps: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     are_maps: bool = False
-    only_labelled: bool = False
+    only_labeled: bool = False
     images: Callable[[], Iterable[Batch]] | None = None
     are_embeddings: bool = False
 

@@ -9,7 +9,7 @@ import pytest
 
 from mdistiller.errors import DataError
 from mdistiller.report import table, write_report
-from mdistiller.report.runs import group, load_run, summarise
+from mdistiller.report.runs import group, load_run, summarize
 from mdistiller.report.spread import MeanStd
 from mdistiller.types import Metric
 
@@ -22,7 +22,7 @@ def test_summary_is_numpys_mean_and_sample_deviation(write_run):
         load_run(write_run(f"s{seed}", top1s, seed=seed, ms=10.0 + seed, seconds=3.0 + seed))
         for seed, top1s in SEEDS.items()
     ]
-    (row,) = summarise(runs)
+    (row,) = summarize(runs)
     last, best = ([f(top1s) for top1s in SEEDS.values()] for f in (lambda x: x[-1], max))
     assert row.last.mean == pytest.approx(np.mean(last), rel=1e-12)
     assert row.last.std == pytest.approx(np.std(last, ddof=1), rel=1e-12)
@@ -35,7 +35,7 @@ def test_summary_is_numpys_mean_and_sample_deviation(write_run):
 
 
 def test_one_seed_has_no_deviation(write_run):
-    (row,) = summarise([load_run(write_run("a", [50.0, 60.0]))])
+    (row,) = summarize([load_run(write_run("a", [50.0, 60.0]))])
     assert row.last == row.best == MeanStd(60.0, None)
     assert str(row.last) == "60.00"
     assert str(MeanStd(60.0, 1.256)) == "60.00 ± 1.26"
@@ -48,7 +48,7 @@ def test_labels_and_order(write_run):
         write_run("n0", [50.0], method="none"),
         write_run("k0", [52.0], method="kd"),
     ]
-    rows = summarise([load_run(run) for run in runs])
+    rows = summarize([load_run(run) for run in runs])
     assert [(row.label, row.seeds) for row in rows] == [*(("KD", 2), ("DKD", 1), ("student alone", 1))]
 
 
@@ -73,7 +73,7 @@ def test_runs_of_other_settings_are_told_apart_by_them(write_run):
     assert (first.rpartition(" ")[0], second) == (f"{LABEL}, epochs", f"{LABEL}, epochs 3")
     assert list(found.values()) == [["a0", "a1"], ["b0", "b1"], ["k"]]
     assert third == "KD"
-    rows = summarise([load_run(folder) for folder in folders])
+    rows = summarize([load_run(folder) for folder in folders])
     assert [row.last.mean for row in rows] == [51.0, 61.0, 62.0]
     assert rows[0].folders == [str(folders[0]), str(folders[2])]
 
@@ -96,7 +96,7 @@ def test_a_teachers_own_run_is_called_so(write_run, tmp_path):
     more = [{"name": "resnet20", "checkpoint": str(folders[0])}]
     small = {"name": "resnet8", "checkpoint": str(folders[1])}
     taught = write_run("two", [60.0], teacher=small, more_teachers=more)
-    found = summarise([load_run(folder) for folder in (*folders, taught)])
+    found = summarize([load_run(folder) for folder in (*folders, taught)])
     assert [row.label for row in found] == ["teacher", *alone, "DKD"]
     assert found[2].over_baseline == 10.0
 
@@ -135,7 +135,7 @@ def test_a_run_under_way(write_run):
     assert run.summary is None
     assert [line.value for line in run.evals] == [50.0, 60.0, 55.0]
     assert len(run.windows) == 3
-    (row,) = summarise([run])
+    (row,) = summarize([run])
     assert (row.finished, row.student_parameters) == (False, None)
     assert (row.last.mean, row.best.mean, row.ms_per_step) == (55.0, 60.0, 20.0)
     head, cells = table([row], TOP1)
@@ -146,17 +146,17 @@ def test_a_run_under_way(write_run):
 
 def test_a_row_counts_its_finished_runs_alone(write_run):
     runs = [write_run("a", [50.0]), write_run("b", [60.0], seed=1, finished=False)]
-    (row,) = summarise([load_run(run) for run in runs])
+    (row,) = summarize([load_run(run) for run in runs])
     assert (row.finished, row.seeds, row.last.mean) == (True, 1, 50.0)
-    (row,) = summarise([load_run(runs[1])])
+    (row,) = summarize([load_run(runs[1])])
     assert (row.finished, row.last.mean) == (False, 60.0)
-    (row,) = summarise([load_run(runs[0])])
+    (row,) = summarize([load_run(runs[0])])
     assert row.student_parameters == 78042
 
 
 def test_table(write_run):
     runs = [load_run(write_run(f"s{seed}", top1s, seed=seed)) for seed, top1s in SEEDS.items()]
-    head, cells = table(summarise(runs), TOP1)
+    head, cells = table(summarize(runs), TOP1)
     assert head == [
         *("run", "seeds", "last, %", "best, %", "Δ baseline", "Δ teacher", "seconds", "ms/step"),
         *("parameters", "extra"),
@@ -178,7 +178,7 @@ def test_table(write_run):
 
 
 def test_parameters_of_the_method_beside_those_of_the_student(write_run):
-    _, cells = table(summarise([load_run(write_run("a", [50.0], method_parameters=12345))]), TOP1)
+    _, cells = table(summarize([load_run(write_run("a", [50.0], method_parameters=12345))]), TOP1)
     assert cells[-2:] == ["78,042", "12,345"]
 
 
@@ -194,7 +194,7 @@ def test_gains_over_the_student_alone_and_the_teacher(write_run):
         write_run("d1", [64.0], seed=1, diagnostics=taught(73.0)),
         write_run("k0", [45.0], method="kd"),
     ]
-    rows = summarise([load_run(folder) for folder in folders])
+    rows = summarize([load_run(folder) for folder in folders])
     assert [row.over_baseline for row in rows] == [None, 62.0 - 51.5, 45.0 - 51.5]
     assert [row.over_teacher for row in rows] == [None, 62.0 - 72.0, None]
     _, *cells = table(rows, TOP1)
@@ -209,9 +209,9 @@ def test_the_student_alone_is_the_same_student_on_the_same_data(write_run):
         write_run("alone", [55.0], method="none", data={"kind": "digits", "root": "elsewhere"}),
         write_run("d0", [60.0]),
     ]
-    assert summarise([load_run(folder) for folder in folders])[-1].over_baseline == 5.0
-    assert summarise([load_run(folder) for folder in folders[2::2]])[-1].over_baseline == 10.0
-    assert summarise([load_run(folder) for folder in (*folders[:2], folders[-1])])[-1].over_baseline is None
+    assert summarize([load_run(folder) for folder in folders])[-1].over_baseline == 5.0
+    assert summarize([load_run(folder) for folder in folders[2::2]])[-1].over_baseline == 10.0
+    assert summarize([load_run(folder) for folder in (*folders[:2], folders[-1])])[-1].over_baseline is None
 
 
 def test_a_teacher_that_only_some_seeds_know(write_run):
@@ -220,7 +220,7 @@ def test_a_teacher_that_only_some_seeds_know(write_run):
         write_run("d0", [60.0], diagnostics=taught(71.0)),
         write_run("d1", [64.0], seed=1, diagnostics=[{"test": {"top1": 1.0}, "train": None}]),
     ]
-    (row,) = summarise([load_run(folder) for folder in folders])
+    (row,) = summarize([load_run(folder) for folder in folders])
     assert row.over_teacher is None
 
 
@@ -235,7 +235,7 @@ def test_parameters_of_the_method(write_run):
         load_run(write_run("a", [50.0], method_parameters=1234)),
         load_run(write_run("b", [5.0], epochs=2)),
     ]
-    assert [row.method_parameters for row in summarise(rows)] == [1234, None]
+    assert [row.method_parameters for row in summarize(rows)] == [1234, None]
 
 
 @pytest.mark.parametrize("lacks", ["folder", "config.json", "env.json"])
@@ -280,4 +280,4 @@ def test_a_resumed_runs_last_summary_counts(write_run):
     path = write_run("a", [50.0])
     with open(path / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "summary", "ms_per_step": 33.0, "student_parameters": 1}) + "\n")
-    assert summarise([load_run(path)])[0].ms_per_step == 33.0
+    assert summarize([load_run(path)])[0].ms_per_step == 33.0

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from mdistiller import Distiller, create_model
-from mdistiller.data.decoder import centre_crop
+from mdistiller.data.decoder import center_crop
 from mdistiller.methods import get_method, list_methods
 
 STUDENT = ("train", "digits.student.resnet8")
@@ -354,11 +354,11 @@ def test_a_thin_strip_is_cut_before_it_is_scaled(monkeypatch):
     ramp = np.arange(2000 * 8 * 3).reshape(2000, 8, 3) // 8 % 256
     image = Image.fromarray(ramp.astype(np.uint8))
     whole = TF.center_crop(TF.resize(image, [24]), [24, 24])
-    assert np.abs(np.asarray(whole, int) - centre_crop(image, 24, 24).numpy()).max() <= 1
+    assert np.abs(np.asarray(whole, int) - center_crop(image, 24, 24).numpy()).max() <= 1
     sizes = []
     scale = F.interpolate
     monkeypatch.setattr(F, "interpolate", lambda i, *a, **k: sizes.append(i.shape[2:]) or scale(i, *a, **k))
-    centre_crop(Image.new("RGB", (60_000, 1)), 224, 224)  # whole, it would take 9 GB
+    center_crop(Image.new("RGB", (60_000, 1)), 224, 224)  # whole, it would take 9 GB
     assert sizes == [(1, 32)]
 
 

@@ -1,4 +1,4 @@
-"""Terminals whose encoding lacks characters, that are narrow, or that show no colours."""
+"""Terminals whose encoding lacks characters, that are narrow, or that show no colors."""
 
 import io
 import os
@@ -87,4 +87,4 @@ def test_no_color(capsys, monkeypatch):
     display.start("title", 10, 0)
     display.step(5)
     display.stop()
-    assert "\x1b[3" not in capsys.readouterr().err  # colours, foreground
+    assert "\x1b[3" not in capsys.readouterr().err  # colors, foreground

@@ -145,7 +145,7 @@ OVERRIDES = {
     "augment.vertical_flip": (["--augment.vertical-flip"], True),
     "class_weights": (["--class-weights", "balanced"], "balanced"),
     "data.ignored": (["--data.ignored", "other", "red car"], ("other", "red car")),
-    "data.unlabelled": (["--data.unlabelled", "more"], Path("more")),
+    "data.unlabeled": (["--data.unlabeled", "more"], Path("more")),
     "data.image_column": (["--data.image-column", "img"], "img"),
     "data.label_column": (["--data.label-column", "fine"], "fine"),
     "data.multi_label": (["--data.multi-label"], True),

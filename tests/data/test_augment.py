@@ -30,13 +30,13 @@ def batch(count, size=32, seed=0):
 
 
 def reference(image, top, left, flip, padding, size=32):
-    """torchvision's crop, flip, scaling and normalisation of one uint8 [H, W, 3] image."""
+    """torchvision's crop, flip, scaling and normalization of one uint8 [H, W, 3] image."""
     image = TF.crop(TF.pad(image.permute(2, 0, 1), [padding]), top, left, size, size)
     image = TF.hflip(image) if flip else image
     return TF.normalize(TF.convert_image_dtype(image, torch.float32), MEAN, STD)
 
 
-def test_evaluation_only_normalises():
+def test_evaluation_only_normalizes():
     augment = build(mixup_alpha=1.0, cutmix_alpha=1.0).eval()
     given = batch(4)
     image, label, index = augment(given)[:3]
@@ -55,7 +55,7 @@ def test_all_162_variants_are_torchvisions():
     images = augment._crop(original.expand(162, -1, -1, -1), top, left, flip)
     assert images.dtype == torch.uint8
     assert len(images.flatten(1).unique(dim=0)) == 162
-    for ours, variant in zip(augment.normalise(images), variants, strict=True):
+    for ours, variant in zip(augment.normalize(images), variants, strict=True):
         torch.testing.assert_close(ours, reference(original[0], *variant, padding=4), rtol=0, atol=1e-6)
 
 
@@ -87,8 +87,8 @@ def test_training_output_is_its_draw(padding, size, used, flip):
     assert torch.equal(global_state, torch.get_rng_state())
 
 
-def normalised(given):
-    return build().normalise(given.image)
+def normalized(given):
+    return build().normalize(given.image)
 
 
 def partners(given, label, weight):
@@ -108,7 +108,7 @@ def test_mixup_is_its_formula(seed):
     mixed = label.diagonal() < 1
     weight = label.diagonal()[mixed][0] if mixed.any() else torch.tensor(1.0)
     other = partners(given, label, weight)
-    plain = normalised(given)
+    plain = normalized(given)
     torch.testing.assert_close(image, weight * plain + (1 - weight) * plain[other])
     assert sorted(other.tolist()) == list(range(10)), "partners are a permutation"
     one_hot = F.one_hot(given.label, 10).float()
@@ -121,7 +121,7 @@ def test_cutmix_pastes_a_box_and_weighs_by_its_area(seed):
     given = batch(10)
     augment = build(flip=False, padding=0, cutmix_alpha=1.0)
     image, label, _ = augment(given, generator=torch.Generator().manual_seed(seed))[:3]
-    plain = normalised(given)
+    plain = normalized(given)
     own = (image == plain).all(1)
     mixed = ~own.flatten(1).all(1)
     torch.testing.assert_close(label.sum(1), torch.ones(10))
@@ -158,7 +158,7 @@ def test_mixup_weight_is_beta_distributed():
 
 def test_both_take_turns():
     augment, given = build(flip=False, padding=0, mixup_alpha=1.0, cutmix_alpha=1.0), batch(10, 16)
-    plain, generator = normalised(given), torch.Generator().manual_seed(0)
+    plain, generator = normalized(given), torch.Generator().manual_seed(0)
     cut = 0
     for _ in range(200):
         image, label, _ = augment(given, generator=generator)[:3]
@@ -207,9 +207,9 @@ def test_a_policy_comes_after_crop_and_flip_in_its_view(name, strong):
         torch.testing.assert_close(ours, reference(changed, 0, 0, False, 0), rtol=0, atol=1e-6)
     assert image.is_contiguous(memory_format=torch.channels_last)
     other = augment(given, Draws(3, given.index), strong=not strong).image  # no policy here
-    assert torch.equal(other, augment.normalise(cropped))
+    assert torch.equal(other, augment.normalize(cropped))
     assert not torch.equal(image, other)
-    assert torch.equal(augment.eval()(given, strong=strong).image, normalised(given))
+    assert torch.equal(augment.eval()(given, strong=strong).image, normalized(given))
 
 
 @pytest.mark.parametrize(

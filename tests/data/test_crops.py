@@ -73,13 +73,13 @@ def crops(root, epochs, **settings):
 
 
 def measured(images):
-    """Area of each crop, its centre (as fractions of the image), and its mean gradient of blue."""
+    """Area of each crop, its center (as fractions of the image), and its mean gradient of blue."""
     red, green, blue = images.unbind(1)
     wide, tall = (red[:, :, -2] - red[:, :, 1]).mean(1), (green[:, -2] - green[:, 1]).mean(1)
     part = 255 * (SIDE - 3) / SIDE
     gradient = blue.diff(dim=1).abs().mean((1, 2)) + blue.diff(dim=2).abs().mean((1, 2))
-    centre = [images[:, channel].mean((1, 2)) / 255 for channel in (0, 1)]
-    found = {"area": wide * tall / part**2, "x": centre[0], "y": centre[1], "gradient": gradient}
+    center = [images[:, channel].mean((1, 2)) / 255 for channel in (0, 1)]
+    found = {"area": wide * tall / part**2, "x": center[0], "y": center[1], "gradient": gradient}
     return {name: values.numpy() for name, values in found.items()}
 
 
@@ -150,7 +150,7 @@ def test_auto_is_resized_for_image_files_of_any_number_and_size(roots):
         ([(32, 32)] * 10, {}, True),
         ([(32, 32)] * 9 + [(400, 300)], {}, True),
         ([(32, 32)] * 8 + [(400, 300)] * 2, {}, False),
-        # The centre crop of 32 from 36 pixels would cut the edges off.
+        # The center crop of 32 from 36 pixels would cut the edges off.
         ([(32, 32)] * 10, {"resize": 36}, False),
     ],
 )

@@ -13,12 +13,12 @@ from scipy.stats import ks_2samp
 from torchvision import transforms
 
 from mdistiller.data import DataConfig, decoder, identity, load_data
-from mdistiller.data.decoder import Box, centre_crop, draw_crop, read_image, read_pixels, scale_crop
+from mdistiller.data.decoder import Box, center_crop, draw_crop, read_image, read_pixels, scale_crop
 from mdistiller.errors import DataError
 
 
 def photograph(size=(200, 150), seed=0):
-    """Waves of all frequencies, more of the low ones, in three colours."""
+    """Waves of all frequencies, more of the low ones, in three colors."""
     width, height = size
     noise = np.random.default_rng(seed).normal(size=(3, height, width))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
@@ -201,11 +201,11 @@ def test_crops_are_scaled_as_pillow_does(box, size):
 
 @pytest.mark.parametrize("size", [(200, 150), (150, 201), (64, 64), (31, 97)])
 @pytest.mark.parametrize(("resize", "crop"), [(32, 32), (40, 33), (64, 64), (256, 224)])
-def test_the_centre_is_torchvisions(size, resize, crop):
+def test_the_center_is_torchvisions(size, resize, crop):
     image = photograph(size)
     geometry = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop)])
     expected = np.asarray(geometry(image)).astype(int)
-    assert np.abs(centre_crop(image, resize, crop).numpy() - expected).max() <= 1
+    assert np.abs(center_crop(image, resize, crop).numpy() - expected).max() <= 1
 
 
 @pytest.mark.parametrize("size", [(200, 150), (50, 150), (9, 7)])
@@ -227,7 +227,7 @@ def test_drawn_crops_are_torchvisions(size):
 
 
 @pytest.mark.parametrize("size", [(400, 10), (10, 400), (1, 3), (3, 1)])
-def test_where_no_crop_fits_it_is_the_centre(size):
+def test_where_no_crop_fits_it_is_the_center(size):
     width, height = size
     expected = transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), [1, 1], [3 / 4, 4 / 3])
     found = draw_crop(height, width, (1.0, 1.0), 0)

@@ -41,7 +41,7 @@ def test_digits_are_scaled_as_pillow_does():
         assert np.abs(large.train.images[i].numpy().astype(int) - np.asarray(theirs)).max() <= 1
 
 
-def test_digits_are_normalised():
+def test_digits_are_normalized():
     splits = load_data(DataConfig(kind="digits"))
     pixels = torch.cat([splits.train.images, splits.test.images]).float() / 255
     assert pixels.mean() == pytest.approx(splits.mean[0], abs=1e-3)

@@ -81,8 +81,8 @@ def pairs():
     first = Draws(8, index)
     a, b = first.integers(16, 2)
     yield "draws of an image", a, b
-    yield "neighbours", a[:-1], a[1:]
-    yield "neighbours, crosswise", a[:-1], b[1:]
+    yield "neighbors", a[:-1], a[1:]
+    yield "neighbors, crosswise", a[:-1], b[1:]
     yield "seeds", a, Draws(9, index).integers(16)
     for name, other in (("views", (0, 4, 0, 1)), ("methods' views", (0, 3, 1, 1)), ("runs", (1, 3, 0, 1))):
         yield name, *(Draws(derive_seed(*parts), index).integers(16) for parts in ((0, 3, 0, 1), other))

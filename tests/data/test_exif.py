@@ -6,7 +6,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from mdistiller.data import DataConfig, load_data
-from mdistiller.data.decoder import centre_crop, read_image
+from mdistiller.data.decoder import center_crop, read_image
 
 
 def oriented(path, orientation, mode="RGB", size=(40, 30)):
@@ -29,7 +29,7 @@ def test_every_orientation_is_pillows(tmp_path, suffix, orientation):
     assert np.array_equal(np.asarray(found), np.asarray(expected))
 
 
-def test_grey_of_sixteen_bits_is_turned(tmp_path):
+def test_gray_of_sixteen_bits_is_turned(tmp_path):
     path = oriented(tmp_path / "a.png", 6, mode="I;16")
     assert read_image(path).size == (30, 40)
     assert read_image(path, upright=False).size == (40, 30)
@@ -56,6 +56,6 @@ def test_a_set_is_turned_in_every_mode(tmp_path, memory):
     config = DataConfig(kind="folder", root=tmp_path, image_size=16, resize=20, memory=memory, workers=0)
     test = load_data(config).test
     with Image.open(tmp_path / "val" / "a" / "0.png") as image:
-        expected = centre_crop(ImageOps.exif_transpose(image), 20, 16)
+        expected = center_crop(ImageOps.exif_transpose(image), 20, 16)
     found = test.images[0] if memory == "resident" else test.read(0, 0)
     assert torch.equal(found, expected)

@@ -43,14 +43,14 @@ PILS = {
     "Solarize": (0, 256, lambda x, v: ImageOps.solarize(x, v)),
 }
 NAMES = list(PILS)
-# All others are exact. The largest difference in levels of 255, as torchvision rounds grey values down and
+# All others are exact. The largest difference in levels of 255, as torchvision rounds gray values down and
 # PIL to the nearest, and the share of pixels, in percent, whose source lies between two up to rounding.
 ROUNDING = {"AutoContrast": 1, "Color": 1, "Contrast": 1}
 MOVED = {"ShearX": 0.05, "ShearY": 0.05, "Rotate": 0.05}
 
 
 def images(height=32, width=32):
-    """Noise, soft noise, dark, of one colour, of few values in one channel, a ramp, black and white."""
+    """Noise, soft noise, dark, of one color, of few values in one channel, a ramp, black and white."""
     generator = torch.Generator().manual_seed(0)
     given = torch.randint(0, 256, (8, height, width, 3), dtype=torch.uint8, generator=generator)
     given[1] = given[1] // 4 + 40

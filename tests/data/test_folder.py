@@ -84,7 +84,7 @@ def test_streamed_training_crops_follow_the_epoch_alone(root):
 
 
 def test_random_crops_are_distributed_as_torchvisions(root):
-    # Each image is one colour ramp, so that a crop's mean tells where it was cut.
+    # Each image is one color ramp, so that a crop's mean tells where it was cut.
     ramp = np.broadcast_to(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 64, 3))
     Image.fromarray(np.ascontiguousarray(ramp)).save(root / "train" / "ant" / "ramp.png")
     train = load_data(config(root, memory="stream")).train
@@ -98,14 +98,14 @@ def test_random_crops_are_distributed_as_torchvisions(root):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "1", "CMYK"])
-def test_every_colour_mode_becomes_rgb(tmp_path, mode):
+def test_every_color_mode_becomes_rgb(tmp_path, mode):
     path = write(tmp_path / ("a.tiff" if mode == "CMYK" else "a.png"), mode=mode)
     image = read_image(path)
     assert image.mode == "RGB"
     assert image.size == (40, 30)
     if mode in ("L", "LA"):
-        grey = np.asarray(Image.open(path).convert("L"))
-        assert np.array_equal(np.asarray(image), np.repeat(grey[..., None], 3, 2))
+        gray = np.asarray(Image.open(path).convert("L"))
+        assert np.array_equal(np.asarray(image), np.repeat(gray[..., None], 3, 2))
 
 
 def test_palette_with_transparency(tmp_path):
@@ -113,7 +113,7 @@ def test_palette_with_transparency(tmp_path):
     assert read_image(path).mode == "RGB"
 
 
-def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
+def test_sixteen_bit_gray_keeps_its_high_byte(tmp_path):
     pixels = np.arange(256 * 256, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert np.array_equal(np.asarray(read_image(tmp_path / "a.png"))[..., 1], (pixels >> 8).astype(np.uint8))

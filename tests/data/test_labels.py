@@ -78,7 +78,7 @@ def test_limits_and_noise_of_a_data_set():
         {"seed": -1},
         {"train_limit": 0},
         {"image_size": 0},
-        {"colour": 1},
+        {"color": 1},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong):

@@ -75,11 +75,11 @@ def test_unknown_classes_and_images_without_any(root):
         root / "train.csv", [*COLUMNS[:2], ("a/a_2.png", "", "", 1), ("a/a_3.png", "", "", "")], HEADER
     )
     write_list(root / "val.csv", COLUMNS, HEADER)
-    write(root / "unlabelled" / "x.png")
+    write(root / "unlabeled" / "x.png")
     splits = read(root)
     assert splits.train.labels[2:].tolist() == [[-100, -100, 1], [-100] * 3, [-100] * 3]
     assert "5 training (2 of them without a class)" in splits.description
-    known = load_data(config(root, multi_label=True), unlabelled=False)
+    known = load_data(config(root, multi_label=True), unlabeled=False)
     assert len(known.train) == 3
 
 

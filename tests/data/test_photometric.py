@@ -1,4 +1,4 @@
-"""Rotation, colour jitter, vertical flip, random erasing and crop scale against torchvision."""
+"""Rotation, color jitter, vertical flip, random erasing and crop scale against torchvision."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_jitter_equals_torchvision_s_adjustments():
 
 def test_hue_equals_torchvision_s():
     x = images(count=12, height=40, width=40)
-    x[0] = 77  # grey has no hue
+    x[0] = 77  # gray has no hue
     x[1, ..., 1] = x[1, ..., 0]  # two largest channels
     turn = torch.linspace(-0.5, 0.5, len(x))
     found = turn_hue(x, turn)
@@ -101,7 +101,7 @@ def test_a_batch_is_rotated_and_mirrored():
     whole = augment(batch, Draws(5, index)).image
     draw = augment.draw(x, Draws(5, index))
     mirrored = torch.where(draw.flip[:, None, None, None], x.flip(2), x)
-    expected = augment.normalise(rotate(mirrored, draw.other["rotation"]))
+    expected = augment.normalize(rotate(mirrored, draw.other["rotation"]))
     assert torch.equal(whole, expected)
     part = index[7:11]
     some = augment(Batch(x[part], batch.label[part], part), Draws(5, part)).image
@@ -161,26 +161,26 @@ def test_the_settings_reach_the_batch_and_leave_evaluation_alone():
     batch = Batch(x, torch.arange(64) % 4, torch.arange(64))
     plain = AugmentConfig(flip=False, padding=0)
     base = Augment(plain, MEAN, STD, 4)
-    normalised = base.normalise(x)
+    normalized = base.normalize(x)
 
     def changed(**settings):
         augment = Augment(plain.replace(**settings), MEAN, STD, 4)
-        assert torch.equal(augment.eval()(batch).image, normalised)
+        assert torch.equal(augment.eval()(batch).image, normalized)
         first, again = (augment.train()(batch, Draws(3, batch.index)).image for _ in range(2))
         assert torch.equal(first, again)
         return first
 
-    assert torch.equal(changed(), normalised)
+    assert torch.equal(changed(), normalized)
     upside_down = changed(vertical_flip=True)
-    flips = [torch.equal(a, b.flip(1)) for a, b in zip(upside_down, normalised, strict=True)]
+    flips = [torch.equal(a, b.flip(1)) for a, b in zip(upside_down, normalized, strict=True)]
     assert 15 < sum(flips) < 49
     erased = changed(erase=1.0)
     assert ((erased == 0).all(1).flatten(1).any(1)).all()
     kept = (erased != 0).all(1, keepdim=True).expand_as(erased)
-    assert torch.equal(erased[kept], normalised[kept])
+    assert torch.equal(erased[kept], normalized[kept])
     jittered = changed(color_jitter=0.4)
-    assert not torch.equal(jittered, normalised)
-    assert torch.equal(changed(color_jitter=0.0), normalised)
+    assert not torch.equal(jittered, normalized)
+    assert torch.equal(changed(color_jitter=0.0), normalized)
 
 
 def test_draws_of_earlier_settings_stay_the_same():

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def images(height=32, width=32):
-    """Noise, dark, of one colour, of few values in one channel, a ramp, black and white."""
+    """Noise, dark, of one color, of few values in one channel, a ramp, black and white."""
     generator = torch.Generator().manual_seed(0)
     given = torch.randint(0, 256, (7, height, width, 3), dtype=torch.uint8, generator=generator)
     given[1] = given[1] // 4 + 40

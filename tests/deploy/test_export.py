@@ -341,8 +341,8 @@ def test_digits_as_files_get_evaluations_predictions(run, exports, tmp_path, for
         paths.append(tmp_path / f"{i}.png")
         Image.fromarray(image.numpy()).save(paths[-1])
     prepared = torch.stack([exported.prepare(Image.open(path)) for path in paths])
-    normalise = Augment(AugmentConfig(), splits.mean, splits.std, 10).normalise
-    assert torch.equal(prepared, normalise(splits.test.images))
+    normalize = Augment(AugmentConfig(), splits.mean, splits.std, 10).normalize
+    assert torch.equal(prepared, normalize(splits.test.images))
     found = means(exported, paths, splits.test.labels.tolist())
     assert found == (pytest.approx(top1), pytest.approx(loss, rel=1e-4))
 

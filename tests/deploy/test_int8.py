@@ -15,7 +15,7 @@ from torch import nn
 
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
 from mdistiller.deploy.export import export_student
-from mdistiller.deploy.int8 import quantise
+from mdistiller.deploy.int8 import quantize
 from mdistiller.deploy.predict import Card, load_export
 from mdistiller.deploy.student import load_student
 from mdistiller.errors import ConfigError
@@ -49,7 +49,7 @@ def int8(run):
 
 def prepared_test_images():
     splits = load_data(DIGITS)
-    prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).normalise
+    prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).normalize
     return prepare(splits.test.images), splits.test.labels
 
 
@@ -153,7 +153,7 @@ def test_calibration_reads_the_runs_own_training_images(run):
     config = ClassificationConfig.model_validate(json.loads((run / "config.json").read_text()))
     deployment = get_task("classification").deployment()
     splits = load_data(config.data)
-    prepare = Augment(AugmentConfig(), splits.mean, splits.std, 10).normalise
+    prepare = Augment(AugmentConfig(), splits.mean, splits.std, 10).normalize
     own = {image.numpy().tobytes() for image in prepare(splits.train.images)}
     images = deployment.calibration_images(config, 50)
     assert images.shape == (50, 3, 16, 16)
@@ -189,7 +189,7 @@ def test_ranges_come_from_the_images(run, tmp_path):
     float_file = export_student(run, "onnx", out=tmp_path / "float", evaluate=False)[0] / "model.onnx"
     images = prepared_test_images()[0]
     for factor in (1, 3):
-        quantise(float_file, tmp_path / f"{factor}.onnx", factor * images)
+        quantize(float_file, tmp_path / f"{factor}.onnx", factor * images)
 
     def input_scale(file):
         found = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(file).graph.initializer}

@@ -53,7 +53,7 @@ def test_commands_take_the_file(tmp_path, capsys, model, folder, path):
     model.eval()
     image = torch.full((1, 3, 16, 16), 0.0)
     assert torch.equal(mdistiller.load_student(path)(image), model(image))
-    # Images of one colour, prepared by hand.
+    # Images of one color, prepared by hand.
     pixels = torch.tensor([[80 * i, 90, 100] for i in range(3)])[:, :, None, None] / 255
     mean, std = (torch.tensor(ABOUT[key])[:, None, None] for key in ("mean", "std"))
     logits = model(((pixels - mean) / std).expand(3, 3, 16, 16)).detach()

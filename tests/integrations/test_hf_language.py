@@ -67,10 +67,10 @@ def test_positions_that_nothing_tells():
     inputs["attention_mask"] = torch.ones(2, 5, dtype=torch.int64)
     with pytest.raises(ConfigError, match=r"attention_mask \[2, 5\].* positions \[2, 6\]"):
         known({**inputs})
-    labelled = mdistiller.Distiller(*text(llama)[0], "kd")
+    labeled = mdistiller.Distiller(*text(llama)[0], "kd")
     for target in (None, torch.full((2,), -100)):
         with pytest.raises(ConfigError, match="target"):
-            labelled(text(llama)[1], target)
+            labeled(text(llama)[1], target)
 
 
 def test_a_trainer_of_texts_without_labels(tmp_path):

@@ -36,7 +36,7 @@ def test_value_by_loops(normalize, resolution):
     assert got.item() == pytest.approx(total, rel=1e-8)
 
 
-def test_zero_for_equal_maps_and_for_scaled_ones_when_normalised():
+def test_zero_for_equal_maps_and_for_scaled_ones_when_normalized():
     s, _ = cams()
     assert catkd_loss(s, s) == 0
     assert catkd_loss(3 * s, s) < 1e-20

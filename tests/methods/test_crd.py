@@ -193,7 +193,7 @@ def test_compiled_steps_are_eager_ones():
         torch.testing.assert_close(torch.autograd.grad(other, [same, *compiled.parameters()]), wrt)
 
 
-def test_memory_mixes_and_normalises():
+def test_memory_mixes_and_normalizes():
     method = build(momentum=0.3)
     before = method.student_memory.clone(), method.teacher_memory.clone()
     index = torch.tensor([3, 11, 30])
@@ -221,7 +221,7 @@ def test_nothing_is_remembered_in_evaluation():
     assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
 
 
-def test_normalisation_constants_are_the_first_batch_s():
+def test_normalization_constants_are_the_first_batch_s():
     method = build()
     call(method, torch.arange(4))
     first = method.log_z.clone()

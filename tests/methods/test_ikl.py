@@ -115,4 +115,4 @@ def test_bad_input():
         ikl_loss(x, x, weight_temperature=0)
     with pytest.raises(ConfigError, match="got 'class'; with training images without a class"):
         build(torch.tensor([0, -100]), weights="class")
-    assert build(torch.tensor([0, -100])).has_unlabelled
+    assert build(torch.tensor([0, -100])).has_unlabeled

@@ -1,4 +1,4 @@
-"""Losses from hidden states and weights against those of materialised logits, and divergences by numpy."""
+"""Losses from hidden states and weights against those of materialized logits, and divergences by numpy."""
 
 import numpy as np
 import pytest

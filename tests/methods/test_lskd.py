@@ -1,4 +1,4 @@
-"""Logit standardisation against z-scores by numpy, around each kind of base."""
+"""Logit standardization against z-scores by numpy, around each kind of base."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.functional import crld_loss, kd_loss, mlkd_loss
 from mdistiller.methods import get_method, method_config
 from mdistiller.methods.compose import build_method
-from mdistiller.methods.lskd import standardise
+from mdistiller.methods.lskd import standardize
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -36,7 +36,7 @@ def losses(name, student_logits, teacher_logits, label, **settings):
 
 
 def test_rows_get_mean_zero_and_deviation_one(logits):
-    z = standardise(logits[0])
+    z = standardize(logits[0])
     torch.testing.assert_close(z, z_score(logits[0]), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(z.std(1), 1, rtol=1e-6)
 
@@ -92,7 +92,7 @@ def test_constant_rows_give_zeros_and_no_gradient(value):
     x = torch.full((2, 5), value)
     x[1] = torch.arange(5.0)
     x.requires_grad_()
-    z = standardise(x)
+    z = standardize(x)
     assert (z[0] == 0).all()
     (grad,) = torch.autograd.grad((z * torch.randn(2, 5)).sum(), x)
     assert torch.isfinite(grad).all()
@@ -102,16 +102,16 @@ def test_constant_rows_give_zeros_and_no_gradient(value):
 
 def test_gradient_precision_and_compilation(logits):
     x = logits[0].requires_grad_()
-    assert gradcheck(standardise, (x,))
+    assert gradcheck(standardize, (x,))
     half = torch.tensor([[1e4, -1e4, 3.0]], dtype=torch.bfloat16)
-    torch.testing.assert_close(standardise(half), standardise(half.float()), rtol=0, atol=0)
+    torch.testing.assert_close(standardize(half), standardize(half.float()), rtol=0, atol=0)
     torch.testing.assert_close(
-        torch.compile(standardise, fullgraph=True, backend="aot_eager")(x), standardise(x)
+        torch.compile(standardize, fullgraph=True, backend="aot_eager")(x), standardize(x)
     )
 
 
 def test_bad_input():
     with pytest.raises(ConfigError, match=r"\[B, C\], C ≥ 2; got \[4, 1\]"):
-        standardise(torch.randn(4, 1))
+        standardize(torch.randn(4, 1))
     with pytest.raises(ConfigError, match="wraps methods that read only logits; 'sdd' taps features"):
         get_method("lskd-sdd")

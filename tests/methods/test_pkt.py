@@ -20,7 +20,7 @@ def embeddings():
     return rng.normal(size=(5, 4)), rng.normal(size=(5, 7))
 
 
-def neighbours(x):
+def neighbors(x):
     kernel = np.empty((len(x), len(x)))
     for i, a in enumerate(x):
         for j, b in enumerate(x):
@@ -30,7 +30,7 @@ def neighbours(x):
 
 def test_value_is_the_formula_s(embeddings):
     s, t = embeddings
-    p, q = neighbours(t), neighbours(s)
+    p, q = neighbors(t), neighbors(s)
     expected = sum(
         p[i, j] * math.log((p[i, j] + 1e-7) / (q[i, j] + 1e-7)) for i in range(5) for j in range(5)
     )

@@ -211,7 +211,7 @@ CASES = {
     "wkd_f_loss": Case([pair(3, 4, 7, 6, other=(3, 4, 5, 5))], [{"grid": 2}]),
     "wkd_l_loss": Case(
         [(*LOGITS, IDS, DISTANCES)],
-        [{"weight": 3.0, "regularisation": 0.5}],
+        [{"weight": 3.0, "regularization": 0.5}],
         extremes=[(*x, 1 - torch.eye(x[0].shape[1])) for x in WITH_IDS],
         shapes={"own_rows": (3,)},
     ),
@@ -280,7 +280,7 @@ SIGNATURES = {
     "vkd_loss": "(student_embedding, teacher_embedding)",
     "wkd_f_loss": "(student_map, teacher_map, *, mean_weight=4.0, grid=1, eps=1e-05)",
     "wkd_l_loss": "(student_logits, teacher_logits, target, distances, *, weight=600.0, temperature=8.0, "
-    f"regularisation=0.05, iterations=10, {TARGETS}",
+    f"regularization=0.05, iterations=10, {TARGETS}",
     "wttm_loss": f"(student_logits, teacher_logits, *, gamma=0.2, {SAMPLES}",
 }
 KINDS = [(name, i) for name, case in CASES.items() for i in range(len(case.inputs))]

@@ -1,4 +1,4 @@
-"""SRD against standardised embeddings by numpy, and its taps on transformers."""
+"""SRD against standardized embeddings by numpy, and its taps on transformers."""
 
 import numpy as np
 import pytest

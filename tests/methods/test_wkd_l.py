@@ -59,7 +59,7 @@ def test_value_is_the_formula_s(inputs, temperature, eta, iterations):
     arrays = [x.numpy() for x in inputs]
     transport = sinkhorn(*arrays, temperature, eta, iterations).mean()
     expected = target_loss(*arrays[:3]) + 7 * transport
-    settings = {"temperature": temperature, "regularisation": eta, "iterations": iterations}
+    settings = {"temperature": temperature, "regularization": eta, "iterations": iterations}
     assert wkd_l_loss(*inputs, weight=7.0, **settings).item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -74,7 +74,7 @@ def test_little_entropy_and_many_iterations_give_the_optimal_transport(inputs):
         rows, columns = np.kron(np.eye(5), np.ones(5)), np.kron(np.ones(5), np.eye(5))
         found = linprog(c.ravel(), A_eq=np.vstack([rows, columns]), b_eq=np.concatenate([p, q]))
         optima.append(found.fun)
-    settings = {"temperature": 4.0, "regularisation": 0.01, "iterations": 1000}
+    settings = {"temperature": 4.0, "regularization": 0.01, "iterations": 1000}
     whole, alone = (wkd_l_loss(*logits, distances, weight=w, **settings) for w in (1.0, 0.0))
     assert (whole - alone).item() == pytest.approx(np.mean(optima), rel=4e-3)
 
@@ -107,8 +107,8 @@ def test_cosine_distances():
 
 def test_cka_distances():
     x = np.random.default_rng(0).normal(size=(3, 8, 5))
-    centre = np.eye(8) - 1 / 8
-    grams = [centre @ f @ f.T @ centre for f in x]
+    center = np.eye(8) - 1 / 8
+    grams = [center @ f @ f.T @ center for f in x]
     expected = [[1 - np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b)) for b in grams] for a in grams]
     torch.testing.assert_close(cka_distances(torch.tensor(x)), torch.tensor(expected))
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(5, 5)))[0]
@@ -119,8 +119,8 @@ def test_cka_distances():
 def test_cka_distances_of_more_images_than_channels():
     """Each position of a map is an image: the products are then D × D."""
     x = np.random.default_rng(1).normal(size=(3, 9, 4))
-    centred = x - x.mean(1, keepdims=True)
-    grams = [(rows @ rows.T).ravel() for rows in centred]
+    centered = x - x.mean(1, keepdims=True)
+    grams = [(rows @ rows.T).ravel() for rows in centered]
     expected = [[1 - a @ b / np.sqrt(a @ a * (b @ b)) for b in grams] for a in grams]
     torch.testing.assert_close(cka_distances(torch.tensor(x)), torch.tensor(expected))
 
@@ -148,11 +148,11 @@ def test_distances_over_the_training_images(tmp_path, distances, tap):
     rows = [x[: min(map(len, rows))] for x in rows]
     if tap:
         rows = [x.transpose(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in rows]
-    centred = [x - x.mean(0) for x in rows]
-    norms = [np.linalg.norm(x.T @ x) for x in centred]
+    centered = [x - x.mean(0) for x in rows]
+    norms = [np.linalg.norm(x.T @ x) for x in centered]
     expected = [
-        [1 - np.linalg.norm(a.T @ b) ** 2 / (n * m) for b, m in zip(centred, norms, strict=True)]
-        for a, n in zip(centred, norms, strict=True)
+        [1 - np.linalg.norm(a.T @ b) ** 2 / (n * m) for b, m in zip(centered, norms, strict=True)]
+        for a, n in zip(centered, norms, strict=True)
     ]
     np.testing.assert_allclose(got.numpy(), expected, atol=2e-5)
     # A resumed run has them from its state.

@@ -217,8 +217,8 @@ def test_unknown_names(name: str, nearest: str) -> None:
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet18"])
 def test_unknown_option_is_named(name: str) -> None:
     needs(name)
-    with pytest.raises(ConfigError, match="colour"):
-        create_model(name, 3, colour="red")
+    with pytest.raises(ConfigError, match="color"):
+        create_model(name, 3, color="red")
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def students_images():
     return Augment(AugmentConfig(), GIVEN.mean, GIVEN.std, 10).eval()(Batch(raw, count, count)).image
 
 
-def normalised(mean, std):
-    """The raw images normalised in float64, [B, 3, H, W]."""
+def normalized(mean, std):
+    """The raw images normalized in float64, [B, 3, H, W]."""
     return ((RAW / 255.0 - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2)
 
 
@@ -66,27 +66,27 @@ def seen(own, images=None, given=GIVEN):
     return model.image
 
 
-def test_renormalised_images_are_the_raw_ones_normalised_by_the_models_own_values():
+def test_renormalized_images_are_the_raw_ones_normalized_by_the_models_own_values():
     found = seen(OWN)
-    np.testing.assert_allclose(found.numpy(), normalised(OWN.mean, OWN.std), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found.numpy(), normalized(OWN.mean, OWN.std), rtol=0, atol=2e-6)
     theirs = vision.normalize(torch.from_numpy(RAW).permute(0, 3, 1, 2) / 255, OWN.mean, OWN.std)
     torch.testing.assert_close(found, theirs, rtol=0, atol=2e-6)
 
 
 def test_one_of_mean_and_deviation_may_be_as_given():
     found = seen(InputConfig(mean=OWN.mean))
-    np.testing.assert_allclose(found.numpy(), normalised(OWN.mean, GIVEN.std), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found.numpy(), normalized(OWN.mean, GIVEN.std), rtol=0, atol=2e-6)
     found = seen(InputConfig(std=OWN.std))
-    np.testing.assert_allclose(found.numpy(), normalised(GIVEN.mean, OWN.std), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found.numpy(), normalized(GIVEN.mean, OWN.std), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("size", [12, 20, 32, 48, 57])
 def test_sizes_are_those_of_pillow(size):
     own = OWN._replace(image_size=size)
-    expected = scaled(normalised(OWN.mean, OWN.std), size)
+    expected = scaled(normalized(OWN.mean, OWN.std), size)
     np.testing.assert_allclose(seen(own).numpy(), expected, rtol=0, atol=1e-5)
     only_size = seen(InputConfig(image_size=size))
-    np.testing.assert_allclose(only_size.numpy(), scaled(normalised(*GIVEN[:2]), size), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(only_size.numpy(), scaled(normalized(*GIVEN[:2]), size), rtol=0, atol=1e-5)
 
 
 def test_nothing_is_added_where_nothing_differs():
@@ -207,7 +207,7 @@ def test_a_distiller_gives_the_teacher_its_own_images():
     distiller = Distiller(student, teacher, "kd", student_input=GIVEN, teacher_input=own)
     found = distiller.eval()(students_images(), label)
     with torch.no_grad():
-        small = torch.from_numpy(scaled(normalised(OWN.mean, OWN.std), 16)).float()
+        small = torch.from_numpy(scaled(normalized(OWN.mean, OWN.std), 16)).float()
         expected = copy.deepcopy(teacher).eval()(small)
         logits = copy.deepcopy(student).eval()(students_images())
     config = KDConfig()
@@ -251,7 +251,7 @@ def test_a_mapping_of_inputs():
     inputs = {"pixel_values": students_images(), "scale": torch.tensor(1.0)}
     label = torch.zeros(5, dtype=torch.int64)
     Distiller(student, teacher, "kd", student_input=GIVEN, teacher_input=OWN)(inputs, label)
-    np.testing.assert_allclose(teacher.model.image.numpy(), normalised(OWN.mean, OWN.std), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(teacher.model.image.numpy(), normalized(OWN.mean, OWN.std), rtol=0, atol=2e-6)
     assert student.model.image is inputs["pixel_values"]
 
 

@@ -59,7 +59,7 @@ def test_wkd(pair):
     assert fields(f"cifar100.wkd_f.{pair}", *maps) == alone[2:]
     names = [f"wkd_l.{name}" for name in logits] + [f"wkd_f.{name}" for name in maps]
     assert fields(f"cifar100.wkd_l+wkd_f.{pair}", *names) == both
-    fixed = ("task_weight", "sharpness", "regularisation", "iterations", "decay_start")
+    fixed = ("task_weight", "sharpness", "regularization", "iterations", "decay_start")
     assert fields(f"cifar100.wkd_l.{pair}", *fixed) == (1, 1, 0.05, 10, 150 / 240)
     assert fields(f"cifar100.wkd_f.{pair}", "task_weight", "bottleneck", "decay_start") == (1, 0, 150 / 240)
 

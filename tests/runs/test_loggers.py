@@ -136,7 +136,7 @@ CHANGED = {
 
 
 def tensorboard(folder):
-    """The scalars that TensorBoard shows, and its hyper-parameters."""
+    """The scalars that TensorBoard shows, and its hyperparameters."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     stored = events.PluginTagToContent("hparams")

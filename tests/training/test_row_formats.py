@@ -11,7 +11,7 @@ import mdistiller
 from mdistiller.data import Augment, AugmentConfig
 from mdistiller.data.draws import Draws
 from mdistiller.functional import dist_loss, dkd_loss, kd_loss
-from mdistiller.methods.lskd import standardise
+from mdistiller.methods.lskd import standardize
 from mdistiller.models import load_weights
 from mdistiller.training.row_store import Half, Int8, Int8Tokens
 from mdistiller.types import Batch
@@ -115,7 +115,7 @@ LOSSES = {
     "KD": lambda s, t, y, temperature: kd_loss(s, t, temperature=temperature),
     "DKD, β 8": lambda s, t, y, temperature: dkd_loss(s, t, y, alpha=1.0, beta=8.0, temperature=temperature),
     "DIST": lambda s, t, y, temperature: dist_loss(s, t, temperature=temperature),
-    "LSKD-KD": lambda s, t, y, temperature: kd_loss(standardise(s), standardise(t), temperature=temperature),
+    "LSKD-KD": lambda s, t, y, temperature: kd_loss(standardize(s), standardize(t), temperature=temperature),
 }
 
 

@@ -25,7 +25,7 @@ class ExportCommand(Command):
     ema: bool = False
     """Export the moving average of the student."""
     int8: bool = False
-    """Quantise weights and activations to eight bits, with ranges from 200 training images of the run. Only
+    """Quantize weights and activations to eight bits, with ranges from 200 training images of the run. Only
     with --format onnx, for classifiers."""
     teacher_outputs: Path | None = None
     """Write the logits and features in the run's teacher cache to FILE.npz, FILE.parquet or FILE.safetensors,

@@ -26,7 +26,7 @@ from mdistiller.training.task import get_task
 from mdistiller.training.trainer import Trainer
 
 _COLUMN = 11  # of the texts, after their subjects
-_VALUES = 6  # hyper-parameters of a method that are shown
+_VALUES = 6  # hyperparameters of a method that are shown
 
 
 class PlannedDisplay(ProgressDisplay):

@@ -14,7 +14,7 @@ from mdistiller.cli.options import Command
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.report import file_name, report_text, write_report
-from mdistiller.report.runs import load_run, summarise
+from mdistiller.report.runs import load_run, summarize
 from mdistiller.runs.folder import CONFIG, ENV, METRICS
 
 
@@ -54,7 +54,7 @@ class ReportCommand(Command):
         except OSError as error:
             raise ConfigError(f"out: cannot write {out}: {error}") from error
         if self.as_json:
-            print(json.dumps([asdict(row) for row in summarise([load_run(run) for run in runs])]))
+            print(json.dumps([asdict(row) for row in summarize([load_run(run) for run in runs])]))
         else:
             print(path)
 

@@ -51,12 +51,12 @@ def train_seeds(
     if not is_main:
         return
     from mdistiller.report import try_report
-    from mdistiller.report.runs import load_run, summarise
+    from mdistiller.report.runs import load_run, summarize
 
     folders = [one.out for one in configs if one.out is not None]
     report = try_report(folders, folder / "report.html")
     runs = [load_run(path) for path in folders]
-    (row,) = summarise(runs)
+    (row,) = summarize(runs)
     if as_json:
         found = [
             {"out": str(path), **(run.summary.model_dump(exclude_unset=True) if run.summary else {})}

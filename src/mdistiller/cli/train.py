@@ -59,7 +59,7 @@ class TrainCommand(Command):
 
     config: Annotated[RunConfig, Arg(name="")]
     method_name: Annotated[str | None, Arg(name="method")] = None
-    """Another method than the recipe's, with its default hyper-parameters."""
+    """Another method than the recipe's, with its default hyperparameters."""
     from_scratch: bool = False
     """Keep the recipe's settings for random weights, though the student has pretrained ones, and start its
     backbone from random weights where the recipe names others."""

@@ -38,10 +38,10 @@ class Draw(NamedTuple):
 
 
 class Augment(nn.Module):
-    """Augmentation in training mode, and normalisation in any mode.
+    """Augmentation in training mode, and normalization in any mode.
 
     In training mode each image gets its own crop and flip, then its own changes from a policy, its rotation,
-    changes of colours, of top and bottom, and an erased box. The crop is taken after padding with black, all
+    changes of colors, of top and bottom, and an erased box. The crop is taken after padding with black, all
     `(2 * padding + 1)² * 2` crops and flips equally likely, or is scaled
     back. Mixup or CutMix then blend the batch with a permutation of itself, which makes the labels float
     [B, classes]. Everything random is a tensor on the device, so no step waits for the device. `mean` and
@@ -74,7 +74,7 @@ class Augment(nn.Module):
         *,
         strong: bool = False,
     ) -> Batch:
-        """Augments and normalises a batch.
+        """Augments and normalizes a batch.
 
         Args:
             batch: image uint8 [B, H, W, 3] (otherwise ValueError), label int64 [B] or float [B, classes].
@@ -90,7 +90,7 @@ class Augment(nn.Module):
         if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[-1] != 3:
             raise ValueError(f"image: got {image.dtype} {tuple(image.shape)}, need uint8 [B, H, W, 3]")
         if not self.training:
-            return batch._replace(image=self.normalise(image))
+            return batch._replace(image=self.normalize(image))
         if draws is None:
             draws = Draws(int(torch.randint(2**63 - 1, ())), batch.index)
         return self.change([batch], [self.draw(image, draws, generator, strong=strong)], strong=strong)[0]
@@ -111,10 +111,10 @@ class Augment(nn.Module):
         for name, change in OPERATIONS.items():
             if name in other:
                 images = change(images, other[name])
-        normalised = self.normalise(images)
+        normalized = self.normalize(images)
         if "erase" in other:
-            normalised = erase(normalised, other["erase"])
-        pieces = normalised.split([len(batch.image) for batch in batches])
+            normalized = erase(normalized, other["erase"])
+        pieces = normalized.split([len(batch.image) for batch in batches])
         changed = []
         for batch, image, draw in zip(batches, pieces, draws, strict=True):
             label = batch.label
@@ -180,7 +180,7 @@ class Augment(nn.Module):
         column = torch.where(flip[:, None], column.flip(0), column) + left[:, None]
         return padded[sample, row[:, :, None], column[:, None, :]]
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """Scales uint8 [..., H, W, 3] to [0, 1], subtracts mean, divides by std: float32 [..., 3, H, W]."""
         if self.memory_format == torch.channels_last:
             pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
@@ -226,7 +226,7 @@ class Augment(nn.Module):
 
 def _flip(images: Tensor, flip: Tensor) -> Tensor:
     """Mirrors those of uint8 [B, H, W, 3] for which `flip` (bool [B]) holds; planes are first in memory."""
-    planes = images.movedim(-1, 1).contiguous()  # rows of one colour are mirrored six times as fast
+    planes = images.movedim(-1, 1).contiguous()  # rows of one color are mirrored six times as fast
     if images.device.type != "cpu":
         return torch.where(flip[:, None, None, None], planes.flip(3), planes).movedim(1, -1)
     for plane, is_flipped in zip(planes, flip.tolist(), strict=True):  # fresh memory takes most of the time
@@ -268,12 +268,12 @@ def _crop_and_scale(images: Tensor, box: Tensor) -> Tensor:
     return scaled.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _box(area: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
-    """Returns a mask (bool [height, width]) of a box of relative `area` around `centre` ([2], in [0, 1))."""
+def _box(area: Tensor, center: Tensor, height: int, width: int) -> Tensor:
+    """Returns a mask (bool [height, width]) of a box of relative `area` around `center` ([2], in [0, 1))."""
 
     def inside(length: int, position: Tensor) -> Tensor:
         half = (length * area.sqrt()).long() // 2
         middle, axis = (position * length).long(), torch.arange(length, device=area.device)
         return (axis >= middle - half) & (axis < middle + half)
 
-    return inside(height, centre[0])[:, None] & inside(width, centre[1])[None, :]
+    return inside(height, center[0])[:, None] & inside(width, center[1])[None, :]

@@ -129,7 +129,7 @@ def _read_images(folder: Path, files: tuple[str, ...], layout: _Layout, expected
         raise DataError(
             f"{folder / files[0]}: got {len(images)} images in {', '.join(files)}, need {expected}"
         )
-    # The file has one colour plane after the other.
+    # The file has one color plane after the other.
     images = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return ImageSet(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
 

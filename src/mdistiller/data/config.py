@@ -14,7 +14,7 @@ from mdistiller.settings import Mean, Settings, Side, Std
 class DataConfig(Settings):
     """A data set, the part of it that is used, and its way to the device."""
 
-    labelled: ClassVar[bool] = True
+    labeled: ClassVar[bool] = True
     """Whether a run has labels. Without them, kind folder is all images below root, or of a list of paths,
     and a tenth is held out, at most 5,000 images, unless there is a validation split."""
 
@@ -27,7 +27,7 @@ class DataConfig(Settings):
     Parquet files, or WebDataset's tar shards."""
     root: Path = Path("data")
     """Folder of the data set; for kind folder also a single list, FILE.csv or FILE.parquet."""
-    unlabelled: Path | None = None
+    unlabeled: Path | None = None
     """Folder of further training images, at any depth, without a class, for the distillation loss alone."""
     image_column: str | None = None
     """Column of the images of kind hf. None: the only one that has images."""
@@ -46,7 +46,7 @@ class DataConfig(Settings):
     """Side of the square images in pixels. None: 32 for CIFAR and synthetic, 64 for Tiny-ImageNet,
     224 for folders, but the files' own for equal squares that are smaller, 16 for digits."""
     resize: int | None = Field(default=None, ge=1)
-    """Image files only: length in pixels to which the short side is scaled before the centre crop of
+    """Image files only: length in pixels to which the short side is scaled before the center crop of
     image_size (256 with image_size 224 is the usual ImageNet protocol). None: image_size."""
     mean: tuple[Mean, Mean, Mean] | None = None
     """Mean of red, green and blue, subtracted from images scaled to [0, 1]. None: the data set's own,
@@ -120,7 +120,7 @@ class AugmentConfig(Settings):
     policy: PolicyName | Literal["none"] = "none"
     """Policy after crop and flip, drawn for each image, with torchvision's changes: AutoAugment for CIFAR-10,
     RandAugment (two changes, strength 9 of 30) or TrivialAugment (wide). `fixmatch`: two of 14 changes, each
-    of a strength drawn for the image, then a grey box of up to half the side."""
+    of a strength drawn for the image, then a gray box of up to half the side."""
     strong_policy: PolicyName | Literal["none"] = "fixmatch"
     """Policy of the strong view, for methods that compare a weak and a strong view of each image. `fixmatch`
     is that of the authors of MLKD, LSKD and CRLD."""
@@ -135,10 +135,10 @@ class AugmentConfig(Settings):
     """Multiply brightness, contrast and saturation of each image by factors from 1 - color_jitter to
     1 + color_jitter. 0: off."""
     hue: float = Field(default=0.0, ge=0.0, le=0.5)
-    """Turn the hue of each image by up to this part of the colour circle, to either side, after the jitter.
+    """Turn the hue of each image by up to this part of the color circle, to either side, after the jitter.
     0: off."""
     erase: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Probability of setting a box of 2 % to 33 % of an image to the mean colour (random erasing). 0: off."""
+    """Probability of setting a box of 2 % to 33 % of an image to the mean color (random erasing). 0: off."""
     rotation: float = Field(default=0.0, ge=0.0, le=180.0)
     """Turn each image by an angle of up to so many degrees, to either side, after crop, flip and policy;
     nearest pixels, black outside. 0: off."""

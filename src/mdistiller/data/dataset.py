@@ -85,7 +85,7 @@ class Splits:
     train: ImageSet | StreamSet
     test: ImageSet | StreamSet
     classes: tuple[str, ...]  # names, in the order of the class ids
-    mean: Triple  # of each colour channel, for images scaled to [0, 1]
+    mean: Triple  # of each color channel, for images scaled to [0, 1]
     std: Triple
     image_size: int  # side of the square images in pixels
     description: str  # name of the set; `load_data` adds counts, size and label noise, on one line

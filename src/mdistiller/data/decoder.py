@@ -1,6 +1,6 @@
 """Decoding of single images, and crops of them that are scaled to squares.
 
-torchcodec, or torchvision in its absence, decodes JPEG files of grey and of RGB colours, Pillow all others.
+torchcodec, or torchvision in its absence, decodes JPEG files of gray and of RGB colors, Pillow all others.
 """
 
 import io
@@ -61,7 +61,7 @@ _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
 
 
 def read_image(file: Path | BinaryIO, *, upright: bool = True) -> Image.Image:
-    """Reads an image in RGB: grey is repeated, transparency dropped, 16-bit grey cut to its high byte.
+    """Reads an image in RGB: gray is repeated, transparency dropped, 16-bit gray cut to its high byte.
 
     With `upright` it is turned as its EXIF orientation says. An unreadable file is a DataError.
     """
@@ -168,7 +168,7 @@ def _decode_jpeg(content: Tensor) -> Pixels | None:
         decoded = None if decode is None else decode(content)
     except RuntimeError:  # a bad file
         return None
-    # The colours of a pixel are neighbours in memory already.
+    # The colors of a pixel are neighbors in memory already.
     return None if decoded is None else decoded.permute(1, 2, 0).numpy()
 
 
@@ -189,15 +189,15 @@ def draw_crop(height: int, width: int, scale: tuple[float, float], seed: int) ->
         if 0 < wide <= width and 0 < tall <= height:
             return Box(int(draw() * (height - tall + 1)), int(draw() * (width - wide + 1)), tall, wide)
     # The largest one with an allowed aspect ratio.
-    return _centre(height, width, min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3)))
+    return _center(height, width, min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3)))
 
 
 def to_square(
     pixels: Pixels, resize: int, size: int, crop_scale: tuple[float, float] | None, seed: int
 ) -> Tensor:
-    """Crops and scales an image to uint8 [S, S, 3]: at random, or its centre where `crop_scale` is None."""
+    """Crops and scales an image to uint8 [S, S, 3]: at random, or its center where `crop_scale` is None."""
     if crop_scale is None:
-        return centre_crop(pixels, resize, size)
+        return center_crop(pixels, resize, size)
     height, width = pixels.shape[:2]
     return scale_crop(pixels, draw_crop(height, width, crop_scale, seed), size)
 
@@ -207,19 +207,19 @@ def scale_crop(pixels: Pixels, box: Box, size: int) -> Tensor:
     return _scale(_cut(pixels, box), size, size)
 
 
-def centre_crop(image: Image.Image | Pixels, resize: int, size: int) -> Tensor:
-    """Scales the short side to `resize`, bilinear and antialiased, and crops the centre: uint8 [S, S, 3]."""
+def center_crop(image: Image.Image | Pixels, resize: int, size: int) -> Tensor:
+    """Scales the short side to `resize`, bilinear and antialiased, and crops the center: uint8 [S, S, 3]."""
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     longest = _STRIP * min(height, width)  # a scaled thin strip would take gigabytes
-    pixels = _cut(pixels, _centre(height, width, min(height, longest), min(width, longest)))
+    pixels = _cut(pixels, _center(height, width, min(height, longest), min(width, longest)))
     height, width = pixels.shape[:2]
     short = min(height, width)
     tall, wide = resize * height // short, resize * width // short
-    return _cut(_scale(pixels, tall, wide), _centre(tall, wide, size, size)).contiguous()
+    return _cut(_scale(pixels, tall, wide), _center(tall, wide, size, size)).contiguous()
 
 
-def _centre(height: int, width: int, tall: int, wide: int) -> Box:
+def _center(height: int, width: int, tall: int, wide: int) -> Box:
     return Box(round((height - tall) / 2), round((width - wide) / 2), tall, wide)
 
 

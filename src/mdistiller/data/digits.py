@@ -12,10 +12,10 @@ MEAN, STD = 0.3053, 0.3187
 
 @register_dataset("digits")
 def load_digits(config: DataConfig) -> Splits:
-    """Reads 1,797 greyscale digits of 8x8 pixels in ten classes: 1,297 for training, 500 for testing.
+    """Reads 1,797 grayscale digits of 8x8 pixels in ten classes: 1,297 for training, 500 for testing.
 
     The split is stratified and follows `config.seed`. Images are scaled up to `image_size` (16) and repeated
-    over the three colour channels; `mean` and `std` are those of all 16x16 images. A mirrored digit is a
+    over the three color channels; `mean` and `std` are those of all 16x16 images. A mirrored digit is a
     different sign or none, so turn the flip augmentation off.
     """
     from sklearn.datasets import load_digits as sklearn_digits

@@ -39,7 +39,7 @@ class Row(Protocol):
 class EncodedSet(StreamSet):
     """Encoded images, decoded on reading.
 
-    The short side is scaled to `resize` before the centre crop. With `random_crop`, a random crop of
+    The short side is scaled to `resize` before the center crop. With `random_crop`, a random crop of
     `crop_scale` of the area of the whole image is scaled instead.
     """
 

@@ -24,7 +24,7 @@ from mdistiller.data.layout import (
     ADVICE,
     TEST,
     TRAIN,
-    UNLABELLED,
+    UNLABELED,
     VALIDATION,
     evaluation_split,
     subfolder,
@@ -57,7 +57,7 @@ def load_folder(config: DataConfig) -> Splits:
     """
     tiny = config.kind == "tiny-imagenet"
     options = read_options(config, 64 if tiny else 224)
-    if not config.labelled:
+    if not config.labeled:
         return _load_images(config, options)
     train_from, test_from = _find_splits(config, tiny)
     if config.multi_label:
@@ -76,11 +76,11 @@ def load_folder(config: DataConfig) -> Splits:
         if name not in train_files | test_files:
             raise UnknownNameError("class in data.ignored", name, {*train_files, *test_files} - {""})
     outside = config.root if config.kind == "folder" and config.root.is_dir() else None
-    if outside is not None and outside != train_from and (folder := subfolder(outside, UNLABELLED)):
+    if outside is not None and outside != train_from and (folder := subfolder(outside, UNLABELED)):
         train_files.setdefault("", []).extend(images_below(folder))
     # In a folder of class folders alone, that of images without a class is among them.
-    inside = [name for name in train_files if outside == train_from and name.lower() in UNLABELLED]
-    unlabelled, left_out = (
+    inside = [name for name in train_files if outside == train_from and name.lower() in UNLABELED]
+    unlabeled, left_out = (
         [path for name in ("", *config.ignored, *inside) for path in files.pop(name, ())]
         for files in (train_files, test_files)
     )
@@ -92,7 +92,7 @@ def load_folder(config: DataConfig) -> Splits:
     check_classes(set(known), set(test_files), train_from or test_from, test_from)
     is_list_of = is_list(train_from or test_from or config.root)
     classes = sort_classes(known) if is_list_of else tuple(sorted(known))
-    train = _file_set(classes, train_files, unlabelled, options)
+    train = _file_set(classes, train_files, unlabeled, options)
     test = _file_set(classes, test_files, left_out, options)
     return make_splits(train, test, classes, "Tiny-ImageNet" if tiny else f"images in {config.root}")
 
@@ -131,10 +131,10 @@ def _load_multi_label(
             f"data.ignored: got {list(config.ignored)}; allowed for images of several classes is none"
         )
     files, classes, labels = read_multi_label_list(train_from, config.on_error)
-    folder = subfolder(config.root, UNLABELLED) if config.root.is_dir() else None
-    unlabelled = [] if folder is None else list(images_below(folder))
-    unknown = torch.full((len(unlabelled), len(classes)), float(IGNORED))
-    samples = np.array(files + unlabelled, dtype=object)
+    folder = subfolder(config.root, UNLABELED) if config.root.is_dir() else None
+    unlabeled = [] if folder is None else list(images_below(folder))
+    unknown = torch.full((len(unlabeled), len(classes)), float(IGNORED))
+    samples = np.array(files + unlabeled, dtype=object)
     train = EncodedSet(samples=samples, labels=torch.cat([labels, unknown]), **options)
     test = train.select(torch.arange(0))
     if test_from is not None:
@@ -144,10 +144,10 @@ def _load_multi_label(
 
 
 def _file_set(
-    classes: tuple[str, ...], files: dict[str, list[Path]], unlabelled: list[Path], options: ReadOptions
+    classes: tuple[str, ...], files: dict[str, list[Path]], unlabeled: list[Path], options: ReadOptions
 ) -> EncodedSet:
-    samples = [path for name in classes for path in files.get(name, ())] + unlabelled
-    labels = [i for i, name in enumerate(classes) for _ in files.get(name, ())] + [IGNORED] * len(unlabelled)
+    samples = [path for name in classes for path in files.get(name, ())] + unlabeled
+    labels = [i for i, name in enumerate(classes) for _ in files.get(name, ())] + [IGNORED] * len(unlabeled)
     return EncodedSet(
         samples=np.array(samples, dtype=object), labels=torch.tensor(labels, dtype=torch.int64), **options
     )
@@ -257,8 +257,8 @@ def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path | None, Path | No
     classes_only = train is None and any(path for name in others for path in images_below(root / name))
     if classes_only and others == found and config.val_fraction is not None and not tiny:
         train = root
-    is_unlabelled = others and not tiny and all(name.lower() in UNLABELLED for name in others)
-    if train is not None or is_unlabelled:
+    is_unlabeled = others and not tiny and all(name.lower() in UNLABELED for name in others)
+    if train is not None or is_unlabeled:
         test = evaluation_split(config, splits["validation"], splits["test"])
         if test is not None or (train is not None and config.val_fraction is not None):
             return train, test

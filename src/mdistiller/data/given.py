@@ -196,7 +196,7 @@ def _read_tensors(images: Tensor, labels: object, split: str) -> ImageSet:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise ConfigError(
             f"data: images of {split} are {images.dtype} {list(images.shape)}; allowed: [N, H, W, 3], "
-            "[N, 3, H, W] or gray [N, H, W], uint8 or float in [0, 1], not normalised"
+            "[N, 3, H, W] or gray [N, H, W], uint8 or float in [0, 1], not normalized"
         )
     return ImageSet(images=images.contiguous(), labels=_as_labels(labels, len(images), split))
 
@@ -291,7 +291,7 @@ def _as_bytes(images: Tensor, subject: str) -> Tensor:
     if not (low >= 0 and high <= 1):
         raise ConfigError(
             f"data: {subject} values from {low:.3g} to {high:.3g}; allowed: {_ALLOWED}; "
-            "leave out Normalize, the run normalises by the fields mean and std of its data"
+            "leave out Normalize, the run normalizes by the fields mean and std of its data"
         )
     return (images * 255).round().to(torch.uint8)
 

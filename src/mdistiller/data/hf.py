@@ -70,7 +70,7 @@ def load_hf(config: DataConfig) -> Splits:
     if train is None:
         raise DataError(f"{config.root} has no split train; splits there: {some(sorted(found))}")
     test = evaluation_split(config, splits["validation"], splits["test"])
-    if test is None and config.val_fraction is None and config.labelled:
+    if test is None and config.val_fraction is None and config.labeled:
         raise DataError(f"{config.root} has no split {', '.join(VALIDATION + TEST)}: {ADVICE}")
     image, label = _columns(config, train)
     classes: tuple[str, ...] = ()
@@ -147,7 +147,7 @@ def _columns(config: DataConfig, rows: "Dataset") -> tuple[str, str | None]:
         return found[0] if given is None else given
 
     image = pick("image_column", "column of images", images, images, "of images")
-    if not config.labelled:
+    if not config.labeled:
         return image, None
     return image, pick("label_column", "column", names, labels, "that may be the label")
 

@@ -12,7 +12,7 @@ T = TypeVar("T")
 TRAIN = ("train",)
 VALIDATION = ("val", "valid", "validation", "dev")
 TEST = ("test",)
-UNLABELLED = ("unlabelled", "unlabeled")
+UNLABELED = ("unlabeled", "unlabelled")
 """Folders of training images without a class."""
 ADVICE = "--data.val-fraction 0.1 takes a tenth of the training images for evaluation"
 

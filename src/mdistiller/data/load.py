@@ -32,13 +32,13 @@ Mode = Literal["resident", "stream"]
 _HELD_OUT = 5000  # images at most, without labels and without a validation split
 
 
-def load_data(config: DataConfig, device: torch.device | None = None, *, unlabelled: bool = True) -> Splits:
+def load_data(config: DataConfig, device: torch.device | None = None, *, unlabeled: bool = True) -> Splits:
     """Reads a data set, cuts its splits, and applies limits, placement (`memory`) and label noise.
 
     Args:
         config: the data set.
         device: device of the batches; its free memory limits resident images. None: the CPU.
-        unlabelled: keep training images without a class.
+        unlabeled: keep training images without a class.
 
     Raises:
         DataError: The set is missing, unreadable or malformed.
@@ -52,16 +52,16 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
             raise ConfigError(
                 f"data set {config.kind!r}: got a {type(splits).__name__}, need Splits or (train, test)"
             )
-        if not config.labelled:
+        if not config.labeled:
             parts = (
                 replace(part, labels=torch.full((len(part),), IGNORED))
                 for part in (splits.train, splits.test)
             )
             splits = replace(splits, train=next(parts), test=next(parts), classes=())
         splits = _cut(splits, config)
-        if unlabelled and config.unlabelled is not None:
-            splits = replace(splits, train=_add_unlabelled(splits.train, config))
-        if not unlabelled:
+        if unlabeled and config.unlabeled is not None:
+            splits = replace(splits, train=_add_unlabeled(splits.train, config))
+        if not unlabeled:
             splits = replace(splits, train=_with_class(splits.train, config))
         _check_copies(splits, config)
         splits, placement = _place(splits, config, device)
@@ -77,9 +77,9 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
     changed = int((noisy != splits.train.labels).sum())
     size, train = splits.image_size, len(splits.train)
     others = int((~has_class(splits.train.labels)).sum())
-    without = f" ({others:,} of them without a class)" if others and config.labelled else ""
+    without = f" ({others:,} of them without a class)" if others and config.labeled else ""
     description = f"{splits.description}: {train:,} training{without} and {len(splits.test):,} test images, "
-    description += f"{size}x{size}, {splits.num_classes} classes" if config.labelled else f"{size}x{size}"
+    description += f"{size}x{size}, {splits.num_classes} classes" if config.labeled else f"{size}x{size}"
     if changed:
         description += f", {changed:,} training labels ({changed / train:.1%}) replaced at random"
     for name in ("mean", "std"):
@@ -97,7 +97,7 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
 def _cut(splits: Splits, config: DataConfig) -> Splits:
     """Cuts the validation split off the training images, and warns about classes without a test image."""
     labels, fraction = splits.train.labels, config.val_fraction
-    if not config.labelled:
+    if not config.labeled:
         labels = torch.zeros_like(labels)  # as if of one class
         if fraction is None and not len(splits.test):
             fraction = min(0.1, _HELD_OUT / max(len(labels), 1))
@@ -105,7 +105,7 @@ def _cut(splits: Splits, config: DataConfig) -> Splits:
         kept, cut = stratified_cut(labels, fraction, config.seed)
         test = splits.train.select(cut) if config.eval_split == "validation" else splits.test
         splits = replace(splits, train=splits.train.select(kept), test=test)
-    if not config.labelled:
+    if not config.labeled:
         return splits
     known = has_class(splits.test.labels).nonzero()[:, 0]
     if others := len(splits.test) - len(known):
@@ -130,21 +130,21 @@ def _check_copies(splits: Splits, config: DataConfig) -> None:
         warnings.warn(f"{copies} of {len(test)} test images are copies of training images", stacklevel=3)
 
 
-def _add_unlabelled(images: Images, config: DataConfig) -> Images:
-    """Adds the images of the folder `unlabelled`, which have no class."""
-    folder = config.unlabelled
+def _add_unlabeled(images: Images, config: DataConfig) -> Images:
+    """Adds the images of the folder `unlabeled`, which have no class."""
+    folder = config.unlabeled
     if folder is None or not folder.is_dir():
-        raise DataError(f"data.unlabelled: {folder} is no folder")
+        raise DataError(f"data.unlabeled: {folder} is no folder")
     files = np.array(list(images_below(folder)), dtype=object)
     if not len(files):
-        raise DataError(f"data.unlabelled: {folder} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
+        raise DataError(f"data.unlabeled: {folder} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
     if isinstance(images, ImageSet):
         size = resize = images.images.shape[1]
     elif isinstance(images, EncodedSet):
         size, resize = images.image_size, images.resize
     else:
         raise ConfigError(
-            f"data.unlabelled: data set {config.kind!r} is a stream of its own; allowed are image files, "
+            f"data.unlabeled: data set {config.kind!r} is a stream of its own; allowed are image files, "
             "kind hf and arrays"
         )
     labels = torch.full((len(files), *images.labels.shape[1:]), IGNORED, dtype=images.labels.dtype)

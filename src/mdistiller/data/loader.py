@@ -274,7 +274,7 @@ def make_loader(
 
 
 class PlainBatches:
-    """Batches of a set in its order, without random changes: normalised images, the same in each iteration.
+    """Batches of a set in its order, without random changes: normalized images, the same in each iteration.
 
     Args:
         images: the set.

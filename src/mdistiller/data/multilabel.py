@@ -15,7 +15,7 @@ NAMES_COLUMNS = ("labels", "label", "classes", "class", "tags")
 _VALUES = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0, "": float(IGNORED)}
 
 
-class LabelledFiles(NamedTuple):
+class LabeledFiles(NamedTuple):
     """Image files, sorted, and their classes: float32 [N, C], 1 or 0, or -100 where unknown."""
 
     files: list[Path]
@@ -23,7 +23,7 @@ class LabelledFiles(NamedTuple):
     labels: Tensor
 
 
-def read_multi_label_list(path: Path, on_error: str, classes: tuple[str, ...] | None = None) -> LabelledFiles:
+def read_multi_label_list(path: Path, on_error: str, classes: tuple[str, ...] | None = None) -> LabeledFiles:
     """Reads a list with the column path, and either one of names or a column of 0 and 1 for each class.
 
     Names are separated by `;`, or by spaces where no row has a `;`. An image in several rows has the classes
@@ -52,7 +52,7 @@ def read_multi_label_list(path: Path, on_error: str, classes: tuple[str, ...] | 
     return _from_columns(path, header[1:], rows, on_error, classes)
 
 
-def _from_names(path: Path, rows: list[Row], on_error: str, classes: tuple[str, ...] | None) -> LabelledFiles:
+def _from_names(path: Path, rows: list[Row], on_error: str, classes: tuple[str, ...] | None) -> LabeledFiles:
     separator = ";" if any(";" in cell for _, (_, cell) in rows) else None
     found: dict[Path, set[str]] = {}
     for file, (cell,) in sorted(present_files(path, rows, on_error)):
@@ -64,12 +64,12 @@ def _from_names(path: Path, rows: list[Row], on_error: str, classes: tuple[str, 
     elif own - set(classes):
         raise DataError(f"{path}: no training image has the classes {some(sorted(own - set(classes)))}")
     labels = torch.tensor([[float(name in names) for name in classes] for names in found.values()])
-    return LabelledFiles(list(found), _checked(path, classes), labels)
+    return LabeledFiles(list(found), _checked(path, classes), labels)
 
 
 def _from_columns(
     path: Path, names: list[str], rows: list[Row], on_error: str, classes: tuple[str, ...] | None
-) -> LabelledFiles:
+) -> LabeledFiles:
     for number, (_, *cells) in rows:
         for name, cell in zip(names, cells, strict=True):
             if cell.lower() not in _VALUES:
@@ -87,7 +87,7 @@ def _from_columns(
     order = [names.index(name) for name in classes]
     entries = sorted(present_files(path, rows, on_error))
     labels = torch.tensor([[_VALUES[cells[i].lower()] for i in order] for _, cells in entries])
-    return LabelledFiles([file for file, _ in entries], _checked(path, classes), labels)
+    return LabeledFiles([file for file, _ in entries], _checked(path, classes), labels)
 
 
 def _checked(path: Path, classes: tuple[str, ...]) -> tuple[str, ...]:

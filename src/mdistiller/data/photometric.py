@@ -1,4 +1,4 @@
-"""Rotation, colour jitter, hue, vertical flip and random erasing for whole batches on the device.
+"""Rotation, color jitter, hue, vertical flip and random erasing for whole batches on the device.
 
 Draws are tensors on the device, so no step waits for it. Each operation equals torchvision's of the same
 draws.
@@ -21,7 +21,7 @@ def draw_changes(config: AugmentConfig, images: Tensor, draws: Draws) -> dict[st
     color_jitter: factors of brightness, contrast and saturation, float32 [3, B].
     vertical_flip: whether to mirror top and bottom, bool [B].
     erase: top, left, height and width of a box, int64 [4, B]; height 0: nothing.
-    hue: part of the colour circle by which to turn, float32 [B].
+    hue: part of the color circle by which to turn, float32 [B].
     rotation: degrees by which to rotate, float32 [B].
     """
     height, width = images.shape[1:3]
@@ -65,12 +65,12 @@ def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
     """Changes brightness, then contrast, then saturation of uint8 [B, H, W, 3] by factors [3, B]."""
     brightness, contrast, saturation = factors[:, :, None, None, None]
     images = _to_bytes(images * brightness)
-    images = _blend(images, grey(images, -1).mean((1, 2, 3), keepdim=True), contrast)
-    return _blend(images, grey(images, -1), saturation)
+    images = _blend(images, gray(images, -1).mean((1, 2, 3), keepdim=True), contrast)
+    return _blend(images, gray(images, -1), saturation)
 
 
 def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Turns the hue of uint8 [B, H, W, 3] by parts [B] of the colour circle; value and saturation stay.
+    """Turns the hue of uint8 [B, H, W, 3] by parts [B] of the color circle; value and saturation stay.
 
     Of the hue h in [0, 6), a channel is V (1 - S max(0, min(k, 4 - k, 1))) with k = n + h modulo 6, and n = 5
     for red, 3 for green, 1 for blue.
@@ -90,8 +90,8 @@ def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     return _to_bytes(changed * 255.999)  # rounded down, as by torchvision
 
 
-def grey(images: Tensor, channels: int) -> Tensor:
-    """Computes the grey values of uint8 images, float32, whole numbers; `channels` keeps one entry."""
+def gray(images: Tensor, channels: int) -> Tensor:
+    """Computes the gray values of uint8 images, float32, whole numbers; `channels` keeps one entry."""
     red, green, blue = images.unbind(channels)
     values = red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
     return values.floor_().unsqueeze(channels)
@@ -107,7 +107,7 @@ def _to_bytes(values: Tensor) -> Tensor:
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Rotates uint8 [B, H, W, 3] counter-clockwise by degrees [B] around the centre, black outside."""
+    """Rotates uint8 [B, H, W, 3] counter-clockwise by degrees [B] around the center, black outside."""
     _, height, width, _ = images.shape
     angle = (degrees.double() % 360).deg2rad()
     zero = torch.zeros_like(angle)
@@ -126,7 +126,7 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 def sample_nearest(images: Tensor, source: Tensor) -> Tensor:
     """Takes each pixel of uint8 [B, 3, H, W] from the nearest one at its source, black outside.
 
-    The sources are affine maps of x and y, in pixels from the centre, to half image sizes, float32 [B, 2, 3].
+    The sources are affine maps of x and y, in pixels from the center, to half image sizes, float32 [B, 2, 3].
     """
     _, _, height, width = images.shape
     x = torch.arange(width, device=images.device) - (width - 1) / 2
@@ -142,7 +142,7 @@ def flip_vertically(images: Tensor, chosen: Tensor) -> Tensor:
 
 
 def erase(images: Tensor, box: Tensor) -> Tensor:
-    """Sets boxes (int64 [4, B]) of normalised images [B, 3, H, W] to zero, the mean colour."""
+    """Sets boxes (int64 [4, B]) of normalized images [B, 3, H, W] to zero, the mean color."""
     first, size = box[:2], box[2:]
     return images.masked_fill(inside(first, first + size, images)[:, None], 0.0)
 

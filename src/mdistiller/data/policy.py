@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mdistiller.data.config import PolicyName
 from mdistiller.data.draws import Draws
-from mdistiller.data.photometric import grey, inside, sample_nearest
+from mdistiller.data.photometric import gray, inside, sample_nearest
 
 _FINDS_ROWS = ("cpu",)  # on other devices, a search for the images with a change would wait for the device
 _SIGNED = (
@@ -51,7 +51,7 @@ class _Changes(NamedTuple):
     kind: Tensor  # index in _KINDS, or -1 for the identity, int64 [R]
     amount: Tensor  # weight of the image in a blend, mask of the bits to keep, or threshold, float32 [R]
     rest: Tensor  # weight of the other image in a blend, float32 [R]
-    source: Tensor  # affine map of x and y, in pixels from the centre, to half image sizes, float32 [R, 2, 3]
+    source: Tensor  # affine map of x and y, in pixels from the center, to half image sizes, float32 [R, 2, 3]
 
     def of(self, rows: Tensor) -> "_Changes":
         return _Changes(*(column[rows] for column in self))
@@ -62,9 +62,9 @@ class Policy:
 
     Changes, strengths and their order are those of torchvision: AutoAugment for CIFAR-10 (Cubuk et al., CVPR
     2019), RandAugment with two changes of strength 9 of 30, TrivialAugment with the wide space of 31
-    strengths; nearest-neighbour interpolation, black outside of the image. Sizes are in pixels.
+    strengths; nearest-neighbor interpolation, black outside of the image. Sizes are in pixels.
 
-    FixMatch's strong view has two of 14 changes, each of a strength drawn for the image, and then a grey box
+    FixMatch's strong view has two of 14 changes, each of a strength drawn for the image, and then a gray box
     with a side of up to half the width. Its changes are PIL's, but for one level of 255 in Color, Contrast
     and AutoContrast, and for pixels between two that Rotate and the shears round to the other one.
     """
@@ -186,7 +186,7 @@ def _draw_cutout(size: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _cut_out(images: Tensor, box: Tensor) -> Tensor:
-    """Sets boxes (int64 [B, 4]) of images uint8 [B, 3, H, W] to grey."""
+    """Sets boxes (int64 [B, 4]) of images uint8 [B, 3, H, W] to gray."""
     mask = inside(box.T[:2], box.T[2:] + 1, images)
     channels = zip(images.unbind(1), _FILL, strict=True)
     return torch.stack([channel.masked_fill(mask, value) for channel, value in channels], 1)
@@ -254,8 +254,8 @@ _Change = Callable[[Tensor, _Changes], Tensor]
 # Kinds of change: functions of images uint8 [B, 3, H, W] and their drawn changes, to images of that form.
 _KINDS: dict[str, _Change] = {
     "Brightness": lambda x, drawn: (x * drawn.amount[:, None, None, None]).clamp_(0, 255).to(torch.uint8),
-    "Color": lambda x, drawn: _blend(x, grey(x, 1), drawn),
-    "Contrast": lambda x, drawn: _blend(x, grey(x, 1).mean((1, 2, 3), keepdim=True), drawn),
+    "Color": lambda x, drawn: _blend(x, gray(x, 1), drawn),
+    "Contrast": lambda x, drawn: _blend(x, gray(x, 1).mean((1, 2, 3), keepdim=True), drawn),
     "Sharpness": _sharpness,
     "Posterize": lambda x, drawn: x & drawn.amount.to(torch.uint8)[:, None, None, None],
     "Solarize": lambda x, drawn: torch.where(x >= drawn.amount[:, None, None, None], 255 - x, x),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
 from mdistiller.deploy.card import readme
-from mdistiller.deploy.int8 import CALIBRATION_IMAGES, quantise
+from mdistiller.deploy.int8 import CALIBRATION_IMAGES, quantize
 from mdistiller.deploy.measure import Speed, count_macs, milliseconds
 from mdistiller.deploy.predict import (
     CARD,
@@ -72,7 +72,7 @@ def export_student(
     `safetensors` has the weights (this package builds the architecture), `torch-export` and `onnx` have a
     graph: that of a classifier takes batches of any size; that of a detector, in ONNX only, one image of any
     size. `source` is a run folder, or a student's file in one; `ema` exports a run's moving average. `int8`
-    quantises an ONNX graph on training images of the run; its outputs differ from the student's by rounding.
+    quantizes an ONNX graph on training images of the run; its outputs differ from the student's by rounding.
 
     Raises:
         ConfigError: a folder in use, a missing package, no moving average, a task without export, or int8 for
@@ -138,7 +138,7 @@ def _write_model(
     metadata: Line,
     calibration: Tensor | None,
 ) -> None:
-    """Writes the model file; a graph is quantised if there are images for calibration."""
+    """Writes the model file; a graph is quantized if there are images for calibration."""
     if format == "safetensors":
         save_student(path, student, metadata)
         return
@@ -149,7 +149,7 @@ def _write_model(
             warnings.simplefilter("ignore", DeprecationWarning)
             deployment.write_graph(path, format, student, metadata)
             if calibration is not None:
-                quantise(path.rename(path.parent.with_name(_FLOAT)), path, calibration)
+                quantize(path.rename(path.parent.with_name(_FLOAT)), path, calibration)
     except OSError:
         raise
     except Exception as error:  # any part of the model may be missing from the format

@@ -1,4 +1,4 @@
-"""Static quantisation of an ONNX graph to eight bits."""
+"""Static quantization of an ONNX graph to eight bits."""
 
 import logging
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ CALIBRATION_IMAGES = 200
 _BATCH = 25
 
 
-def quantise(source: Path, target: Path, images: Tensor) -> None:
+def quantize(source: Path, target: Path, images: Tensor) -> None:
     """Writes a graph whose weights and activations have eight bits, calibrated on prepared images.
 
     Pairs of QuantizeLinear and DequantizeLinear surround each operation. Activations are uint8 with one scale

@@ -98,7 +98,7 @@ class Card(ModelInput):
     recipe: str | None
     teacher: str | None
     method: Line | None
-    """Name and hyper-parameters of the method."""
+    """Name and hyperparameters of the method."""
     data: Line | None
     """Kind, name and limits of the data set, and what else its task notes."""
     versions: dict[str, str]
@@ -139,9 +139,9 @@ class Predictor:
     def __call__(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Computes the outputs for a prepared input, on the CPU.
 
-        Those of a classifier are logits [B, classes] of float32 [B, 3, S, S], normalised; those of a detector
+        Those of a classifier are logits [B, classes] of float32 [B, 3, S, S], normalized; those of a detector
         are boxes [N, 4], labels [N] and scores [N] of one image, float32 [3, H, W] in [0, 1]; those of a
-        segmentation model are logits [B, classes, H, W] of float32 [B, 3, H, W], normalised.
+        segmentation model are logits [B, classes, H, W] of float32 [B, 3, H, W], normalized.
         """
         outputs = self.run(image)
         return outputs[0] if len(outputs) == 1 else outputs

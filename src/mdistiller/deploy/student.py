@@ -59,7 +59,7 @@ class StudentFile:
 def load_student(source: str | Path, *, plugins: Sequence[str | Path] = ()) -> nn.Module:
     """Loads a student, with its method's extension, in evaluation mode on the CPU.
 
-    It computes logits [B, classes] of normalised images [B, 3, H, W]; a detector has the inputs and outputs
+    It computes logits [B, classes] of normalized images [B, 3, H, W]; a detector has the inputs and outputs
     of torchvision's detectors; a segmentation model computes logits [B, classes, H, W].
 
     Args:

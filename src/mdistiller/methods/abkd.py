@@ -72,7 +72,7 @@ def abkd_loss(
 
 
 class ABKDConfig(MethodConfig):
-    """Hyper-parameters of ABKD; the defaults are the authors' example, resnet56 → resnet20 on CIFAR-100."""
+    """Hyperparameters of ABKD; the defaults are the authors' example, resnet56 → resnet20 on CIFAR-100."""
 
     weight: float = Field(default=32.0, ge=0)
     """Weight of the divergence."""

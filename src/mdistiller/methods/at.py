@@ -35,7 +35,7 @@ def map_pairs(student_features: list[Tensor], teacher_features: list[Tensor]) ->
 
 
 def at_loss(student_features: Maps, teacher_features: Maps, *, p: float = 2) -> Scalar:
-    r"""Computes the squared distance of the normalised attention maps, summed over the pairs of features.
+    r"""Computes the squared distance of the normalized attention maps, summed over the pairs of features.
 
     $$\sum_l \frac{1}{B\,H_l W_l} \sum_b \left\| \frac{Q^S_{l,b}}{\|Q^S_{l,b}\|_2} -
     \frac{Q^T_{l,b}}{\|Q^T_{l,b}\|_2} \right\|_2^2, \quad
@@ -58,7 +58,7 @@ def at_loss(student_features: Maps, teacher_features: Maps, *, p: float = 2) -> 
 
 
 class ATConfig(FeatureConfig):
-    """Hyper-parameters of AT; the defaults are the usual ones for CIFAR-100."""
+    """Hyperparameters of AT; the defaults are the usual ones for CIFAR-100."""
 
     weight: Weight = 1000.0
     """Weight of the attention loss."""

@@ -24,7 +24,7 @@ Labels = Int[Tensor, " b"] | Float[Tensor, "b c"]
 
 
 class MethodConfig(Settings):
-    """Settings of every method; a method's own config adds its hyper-parameters."""
+    """Settings of every method; a method's own config adds its hyperparameters."""
 
     own_name: ClassVar[str] = ""
     """Name under which the method of these settings is registered."""
@@ -182,7 +182,7 @@ class Method(nn.Module, Generic[ConfigT]):
             norm_per_view=getattr(config, "norm_per_view", self.needs.norm_per_view),
         )
         labels = None if data is None else data.labels
-        self.has_unlabelled = labels is not None and bool((labels == IGNORED).any())
+        self.has_unlabeled = labels is not None and bool((labels == IGNORED).any())
         """Whether a training image is without a class."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
@@ -229,7 +229,7 @@ class LogitMethod(Method[ConfigT]):
         self, config: ConfigT, student: nn.Module, teacher: nn.Module | None, data: DataInfo
     ) -> None:
         super().__init__(config, student, teacher, data)
-        self._only_labelled = data.only_labelled
+        self._only_labeled = data.only_labeled
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Computes the weighted distillation losses [B] of every sample by name, without warm-up."""
@@ -239,8 +239,8 @@ class LogitMethod(Method[ConfigT]):
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
         weight = ramp(progress, self.warmup)
         label, absent, count = batch.label, None, None
-        if self._only_labelled or (self.needs.labels and self.has_unlabelled):
-            count = count_labelled(label).clamp(min=1)
+        if self._only_labeled or (self.needs.labels and self.has_unlabeled):
+            count = count_labeled(label).clamp(min=1)
             if not label.is_floating_point():  # of soft labels, a row of zeros gives no loss
                 absent = label == IGNORED
                 label = label.masked_fill(absent, 0)
@@ -251,7 +251,7 @@ class LogitMethod(Method[ConfigT]):
         return losses
 
 
-def count_labelled(label: Tensor) -> Tensor:
+def count_labeled(label: Tensor) -> Tensor:
     """Counts the images with a class, a 0-d tensor; of soft labels [B, C] it is the sum of all rows."""
     return label.sum() if label.is_floating_point() else (label != IGNORED).sum()
 
@@ -301,8 +301,8 @@ def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
     return x / (x.square().sum(1, keepdim=True) + eps).sqrt()
 
 
-def standardise(x: Tensor, eps: float) -> Tensor:
-    """Standardises each column of [B, D] over the batch (divisor B), as batch norm without parameters."""
+def standardize(x: Tensor, eps: float) -> Tensor:
+    """Standardizes each column of [B, D] over the batch (divisor B), as batch norm without parameters."""
     variance, mean = torch.var_mean(x, dim=0, keepdim=True, correction=0)
     return (x - mean) / (variance + eps).sqrt()
 

@@ -111,7 +111,7 @@ def multilabel_dkd_loss(
 
 
 class BinaryKDConfig(MethodConfig):
-    """Hyper-parameters of binary KD."""
+    """Hyperparameters of binary KD."""
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the binary KD loss."""

@@ -54,7 +54,7 @@ def catkd_loss(
 
 
 class CATKDConfig(FeatureConfig):
-    """Hyper-parameters of CAT-KD; the authors tune weight, resolution and normalisation per pair."""
+    """Hyperparameters of CAT-KD; the authors tune weight, resolution and normalization per pair."""
 
     weight: Weight = 400.0
     """Weight of the CAM loss."""

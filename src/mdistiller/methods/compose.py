@@ -276,13 +276,13 @@ class Sum(Method[SumConfig]):
 
 
 def join(whole: Method, parts: Sequence[Method]) -> None:
-    """Adds needs, student taps and `has_unlabelled` of all parts to those of a method made of them."""
+    """Adds needs, student taps and `has_unlabeled` of all parts to those of a method made of them."""
     # Only a part that reads labels can need all of them.
     found = [replace(p.needs, every_label=p.needs.labels and p.needs.every_label) for p in parts]
     whole.needs = Needs(*map(max, zip(*map(astuple, (whole.needs, *found)), strict=True)))
     every = whole, *parts
     whole.student_taps = tuple(dict.fromkeys(tap for m in every for tap in tap_names(m.student_taps)))
-    whole.has_unlabelled = any(m.has_unlabelled for m in every)
+    whole.has_unlabeled = any(m.has_unlabeled for m in every)
 
 
 class WrapperConfig(ComposedConfig):
@@ -371,7 +371,7 @@ class Wrapper(Method[WrapperConfigT]):
 
     @classmethod
     def base_defaults(cls, base: str) -> dict[str, object]:
-        """Returns the hyper-parameters of a base, by its name, that differ from its own defaults."""
+        """Returns the hyperparameters of a base, by its name, that differ from its own defaults."""
         return {}
 
 

@@ -25,7 +25,7 @@ def crd_loss(positive: Float[Tensor, " b"], negatives: Float[Tensor, "b k"], *, 
 
     Args:
         positive: [B], scores of the true partners: cosine over temperature, less the logarithm of the
-            normalisation constant.
+            normalization constant.
         negatives: [B, K], scores of the drawn embeddings.
         num_data: N, the number of embeddings from which the negatives are drawn.
 
@@ -49,7 +49,7 @@ def crd_loss(positive: Float[Tensor, " b"], negatives: Float[Tensor, "b k"], *, 
 
 
 class CRDConfig(FeatureConfig):
-    """Hyper-parameters of CRD; the defaults are those of the authors' code for CIFAR-100."""
+    """Hyperparameters of CRD; the defaults are those of the authors' code for CIFAR-100."""
 
     weight: Weight = 0.8
     """Weight of the CRD loss."""
@@ -187,7 +187,7 @@ class CRD(FeatureMethod[CRDConfig]):
 
     @torch.no_grad()
     def _log_constants(self, scores: list[Tensor]) -> Tensor:
-        """Returns the logarithms of both normalisation constants, [2], which the first batch determines."""
+        """Returns the logarithms of both normalization constants, [2], which the first batch determines."""
         first = torch.stack([x.logsumexp((0, 1)) - math.log(x.numel() / self.num_data) for x in scores])
         of_all = gather(first[None])
         first = of_all.logsumexp(0) - math.log(len(of_all))

@@ -1,4 +1,4 @@
-"""Cross-View Consistency Regularisation (CRLD; Zhang, Liu, Cai, Ma: ACM MM 2024, arXiv 2412.16493)."""
+"""Cross-View Consistency Regularization (CRLD; Zhang, Liu, Cai, Ma: ACM MM 2024, arXiv 2412.16493)."""
 
 from collections.abc import Callable
 
@@ -74,7 +74,7 @@ def crld_loss(
 
 
 class CRLDConfig(ViewsConfig):
-    """Hyper-parameters of CRLD; the defaults are the authors' for CIFAR-100."""
+    """Hyperparameters of CRLD; the defaults are the authors' for CIFAR-100."""
 
     task_weight: float = Field(default=2.0, ge=0)
     """Weight of the task loss, a mean over both views; the authors use 1 for each view."""
@@ -96,7 +96,7 @@ class CRLD(PreparedMethod[CRLDConfig]):
 
     Config = CRLDConfig
     card = Card(
-        "Zhang et al.: Cross-View Consistency Regularisation for Knowledge Distillation, ACM MM 2024",
+        "Zhang et al.: Cross-View Consistency Regularization for Knowledge Distillation, ACM MM 2024",
         "Two views of each image are affordable, and the teacher is often unsure: those images are left out",
     )
     needs = Needs(views=2)

@@ -67,7 +67,7 @@ class InstanceTheta(nn.Module):
 
 
 class CTKDConfig(WrapperConfig):
-    """Hyper-parameters of CTKD; the defaults are the authors' for CIFAR-100."""
+    """Hyperparameters of CTKD; the defaults are the authors' for CIFAR-100."""
 
     mode: Literal["global", "instance"] = "global"
     """Mode: `global`, one temperature for all samples; `instance`, one per sample from a small network."""

@@ -89,7 +89,7 @@ def deepkd_loss(
 
 
 class DeepKDConfig(MethodConfig):
-    """Hyper-parameters of DeepKD's losses; the defaults are those of the authors' resnet32x4 → resnet8x4."""
+    """Hyperparameters of DeepKD's losses; the defaults are those of the authors' resnet32x4 → resnet8x4."""
 
     alpha: float = Field(default=1.0, ge=0)
     """Weight of TCKD."""

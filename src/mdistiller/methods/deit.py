@@ -36,7 +36,7 @@ def deit_loss(
 
 
 class DeiTConfig(MethodConfig):
-    """Hyper-parameters of DeiT; the defaults are the paper's for hard distillation."""
+    """Hyperparameters of DeiT; the defaults are the paper's for hard distillation."""
 
     task_weight: float = Field(default=0.5, ge=0)
     """Weight of the task loss; 0.9 in the paper's soft distillation."""

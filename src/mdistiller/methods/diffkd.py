@@ -123,7 +123,7 @@ class Diffusion(nn.Module):
 
 
 class DiffKDConfig(FeatureConfig):
-    """Hyper-parameters of DiffKD; the defaults are the authors'."""
+    """Hyperparameters of DiffKD; the defaults are the authors'."""
 
     feature_weight: float = Field(default=1.0, ge=0)
     """Weight of the squared error of features."""

@@ -18,9 +18,9 @@ from mdistiller.types import Batch, Outputs
 
 def _deviations(p: Tensor, dim: int) -> Tensor:
     """Returns `p` less its mean along `dim`; zero without gradient where it is constant up to rounding."""
-    centred = p - p.mean(dim, keepdim=True)
-    norm, size = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (centred, p))
-    return centred.masked_fill(norm <= 1e-6 * size, 0.0)  # NaN stays
+    centered = p - p.mean(dim, keepdim=True)
+    norm, size = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (centered, p))
+    return centered.masked_fill(norm <= 1e-6 * size, 0.0)  # NaN stays
 
 
 def _distances(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
@@ -58,7 +58,7 @@ def dist_loss(
 
 
 class DISTConfig(MethodConfig):
-    """Hyper-parameters of DIST; the defaults are the authors' for CIFAR-100."""
+    """Hyperparameters of DIST; the defaults are the authors' for CIFAR-100."""
 
     beta: float = Field(default=2.0, ge=0)
     """Weight of the inter-class relation, within each sample."""

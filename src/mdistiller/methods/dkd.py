@@ -222,7 +222,7 @@ def nckd_loss(
 
 
 class DKDConfig(MethodConfig):
-    """Hyper-parameters of DKD; the defaults are the paper's for resnet32x4 → resnet8x4."""
+    """Hyperparameters of DKD; the defaults are the paper's for resnet32x4 → resnet8x4."""
 
     alpha: float = Field(default=1.0, ge=0)
     """Weight of TCKD."""
@@ -255,7 +255,7 @@ class DKD(LogitMethod[DKDConfig]):
         self, config: DKDConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo
     ) -> None:
         super().__init__(config, student, teacher, data)
-        if self.has_unlabelled and (config.beta == "auto" or config.nckd_samples != "all"):
+        if self.has_unlabeled and (config.beta == "auto" or config.nckd_samples != "all"):
             raise ConfigError(
                 f"method: got beta={config.beta!r} and nckd_samples={config.nckd_samples!r}; with training "
                 "images without a class, allowed are beta a number or 'auto-sample', and nckd_samples 'all'"

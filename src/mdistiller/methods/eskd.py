@@ -16,7 +16,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 
 
 class ESKDConfig(KDConfig):
-    """Hyper-parameters of ESKD."""
+    """Hyperparameters of ESKD."""
 
     stop: float = Field(default=1.0, gt=0, le=1)
     """Fraction of training after which the KD loss is dropped; 1 keeps it."""

@@ -42,7 +42,7 @@ def regressor(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], re
 
 
 class FitNetConfig(FeatureConfig):
-    """Hyper-parameters of FitNet; the defaults are the usual ones for CIFAR-100."""
+    """Hyperparameters of FitNet; the defaults are the usual ones for CIFAR-100."""
 
     weight: Weight = 100.0
     """Weight of the hint loss."""

@@ -79,7 +79,7 @@ def gdkd_loss(
 
 
 class GDKDConfig(MethodConfig):
-    """Hyper-parameters of GDKD; the defaults are those of the authors' code for CIFAR-100."""
+    """Hyperparameters of GDKD; the defaults are those of the authors' code for CIFAR-100."""
 
     w0: float = Field(default=1.0, ge=0)
     """Weight of the divergence between the groups."""

@@ -97,7 +97,7 @@ def ikl_loss(
 
 
 class IKLConfig(MethodConfig):
-    """Hyper-parameters of IKL; the defaults are the authors' for resnet32x4 → resnet8x4."""
+    """Hyperparameters of IKL; the defaults are the authors' for resnet32x4 → resnet8x4."""
 
     alpha: float = Field(default=1.0, ge=0)
     """Weight of the cross-entropy with the teacher's probabilities."""
@@ -128,7 +128,7 @@ class IKL(LogitMethod[IKLConfig]):
     def __init__(self, config: IKLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)
         if config.weights == "class":
-            if self.has_unlabelled:
+            if self.has_unlabeled:
                 raise ConfigError(
                     "method.weights: got 'class'; with training images without a class, allowed is 'sample'"
                 )

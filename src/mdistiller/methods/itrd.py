@@ -47,10 +47,10 @@ def itrd_correlation_loss(
         raise ConfigError(f"alpha must be positive; got {alpha}")
     student, teacher = _embeddings(student_embedding, teacher_embedding, same_width=True)
 
-    def standardise(x: Tensor) -> Tensor:
+    def standardize(x: Tensor) -> Tensor:
         return (x - x.mean(0)) / (x.var(0) + _VARIANCE_EPS).sqrt()
 
-    correlation = (standardise(student) * standardise(teacher)).mean(0)
+    correlation = (standardize(student) * standardize(teacher)).mean(0)
     return (correlation - 1).abs().pow(2 * alpha).sum().log2()
 
 
@@ -81,7 +81,7 @@ def itrd_mutual_information_loss(
 
 
 class ITRDConfig(FeatureConfig):
-    """Hyper-parameters of ITRD; the defaults are the authors' for CIFAR-100."""
+    """Hyperparameters of ITRD; the defaults are the authors' for CIFAR-100."""
 
     correlation_weight: float = Field(default=2.0, ge=0)
     """Weight of the correlation loss."""

@@ -182,7 +182,7 @@ def kd_loss(
 
 
 class KDConfig(MethodConfig):
-    """Hyper-parameters of KD; the defaults are the usual ones for CIFAR-100."""
+    """Hyperparameters of KD; the defaults are the usual ones for CIFAR-100."""
 
     task_weight: float = Field(default=0.1, ge=0)
     """Weight of the task loss."""

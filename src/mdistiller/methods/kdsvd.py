@@ -60,7 +60,7 @@ def _aligned(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def kdsvd_loss(student_features: Maps, teacher_features: Maps, *, k: int = 1) -> Scalar:
-    r"""Computes the squared difference of the relations between singular vectors of neighbouring stages.
+    r"""Computes the squared difference of the relations between singular vectors of neighboring stages.
 
     $$\frac{1}{B} \sum_{b} \sum_{l \ge 2} \sum_{i,j,n} \big( e^{-(s_{l,in} - s_{l-1,jn})^2 / 8} -
     e^{-(t_{l,in} - t_{l-1,jn})^2 / 8} \big)^2$$
@@ -105,7 +105,7 @@ def _rbf(x: Tensor, y: Tensor) -> Tensor:
 
 
 class KDSVDConfig(FeatureConfig):
-    """Hyper-parameters of KDSVD; the defaults are the usual ones for CIFAR-100."""
+    """Hyperparameters of KDSVD; the defaults are the usual ones for CIFAR-100."""
 
     weight: Weight = 1.0
     """Weight of the loss."""
@@ -115,7 +115,7 @@ class KDSVDConfig(FeatureConfig):
 
 @register_method("kdsvd")
 class KDSVD(FeatureMethod[KDSVDConfig]):
-    """Matches the relations between the leading singular vectors of neighbouring stages."""
+    """Matches the relations between the leading singular vectors of neighboring stages."""
 
     Config = KDSVDConfig
     card = Card(

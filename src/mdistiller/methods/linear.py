@@ -187,9 +187,9 @@ def _reduce(
     keep = None if mask is None else ~ignored_rows(mask, leading)
     if target is not None:
         target = target.reshape(-1)
-        labelled = target != ignore_index
-        target = target.masked_fill(~labelled, 0)
-        keep = labelled if keep is None else keep & labelled
+        labeled = target != ignore_index
+        target = target.masked_fill(~labeled, 0)
+        keep = labeled if keep is None else keep & labeled
     precise = torch.promote_types(hidden.dtype, torch.float32)
     hidden, t_hidden = (x.reshape(-1, x.shape[-1]) for x in (hidden, teacher[0]))
     if keep is None:

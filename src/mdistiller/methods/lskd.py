@@ -1,4 +1,4 @@
-"""Logit standardisation (Sun, Ren, Li, Wang, Cao: CVPR 2024, arXiv 2403.01427).
+"""Logit standardization (Sun, Ren, Li, Wang, Cao: CVPR 2024, arXiv 2403.01427).
 
 A common temperature makes the student match the range of the teacher's logits. The z-score of each sample's
 logits removes mean and scale before any logit distillation and keeps the relations between classes.
@@ -16,8 +16,8 @@ from mdistiller.types import Batch, Outputs
 _EPS = 1e-7
 
 
-def standardise(logits: Logits) -> Logits:
-    r"""Standardises each row: $(z - \bar z) / \operatorname{std}(z)$, with the divisor $C - 1$ in std.
+def standardize(logits: Logits) -> Logits:
+    r"""Standardizes each row: $(z - \bar z) / \operatorname{std}(z)$, with the divisor $C - 1$ in std.
 
     The result is in at least float32. A constant row becomes zeros and gets no gradient, where a plain
     division would give NaN.
@@ -52,14 +52,14 @@ _BASE_DEFAULTS: dict[str, dict[str, object]] = {
 
 
 class LSKDConfig(WrapperConfig):
-    """Settings of logit standardisation, which has no hyper-parameters of its own."""
+    """Settings of logit standardization, which has no hyperparameters of its own."""
 
 
 @register_method("lskd")
 class LSKD(Wrapper[LSKDConfig]):
-    """Applies the base method to standardised logits.
+    """Applies the base method to standardized logits.
 
-    In a `PreparedMethod`, which also reads correlations or confidences, only the divergences get standardised
+    In a `PreparedMethod`, which also reads correlations or confidences, only the divergences get standardized
     logits.
     """
 
@@ -81,6 +81,6 @@ class LSKD(Wrapper[LSKDConfig]):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         if isinstance(self.base, PreparedMethod):
-            return self.base.distillation(student.logits, teacher.logits, standardise)
-        s, t = (Outputs(standardise(x.logits), x.features) for x in (student, teacher))
+            return self.base.distillation(student.logits, teacher.logits, standardize)
+        s, t = (Outputs(standardize(x.logits), x.features) for x in (student, teacher))
         return self.base(s, t, batch, progress)

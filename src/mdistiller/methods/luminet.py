@@ -16,7 +16,7 @@ from mdistiller.methods.base import (
     Scalar,
     promote,
     ramp,
-    standardise,
+    standardize,
 )
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import check_logits, kd_samples
@@ -27,11 +27,11 @@ _EPS = 1e-5
 
 
 def perception(logits: Logits) -> Logits:
-    r"""Standardises each class over the batch: $(z - \mu_c) / \sqrt{\sigma_c^2 + 10^{-5}}$.
+    r"""Standardizes each class over the batch: $(z - \mu_c) / \sqrt{\sigma_c^2 + 10^{-5}}$.
 
     The variance has the divisor B; the result is in at least float32. Source: Hossain et al. 2023, section 3.
     """
-    return standardise(promote(logits), _EPS)
+    return standardize(promote(logits), _EPS)
 
 
 def luminet_loss(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 4.0) -> Scalar:
@@ -54,7 +54,7 @@ def luminet_loss(student_logits: Logits, teacher_logits: Logits, *, temperature:
 
 
 class LumiNetConfig(MethodConfig):
-    """Hyper-parameters of LumiNet; the defaults are the authors' for resnet32x4 → resnet8x4."""
+    """Hyperparameters of LumiNet; the defaults are the authors' for resnet32x4 → resnet8x4."""
 
     task_weight: float = Field(default=2.0, ge=0)
     """Weight of the task loss."""

@@ -72,7 +72,7 @@ def _lower_half(confidence: Tensor) -> Tensor:
 
 
 class MLKDConfig(ViewsConfig):
-    """Hyper-parameters of MLKD; the defaults are the authors' for CIFAR-100."""
+    """Hyperparameters of MLKD; the defaults are the authors' for CIFAR-100."""
 
     task_weight: float = Field(default=0.2, ge=0)
     """Weight of the task loss, a mean over both views; the authors use 0.1 for each view."""

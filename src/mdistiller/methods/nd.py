@@ -1,4 +1,4 @@
-r"""KD++: regularised norm and direction (Wang, Cheng, Duan, Wang, Feng, Kong: 2023, arXiv 2305.17007).
+r"""KD++: regularized norm and direction (Wang, Cheng, Duan, Wang, Feng, Kong: 2023, arXiv 2305.17007).
 
 The student's embedding, the input of its classifier, is drawn to the direction of the teacher's mean
 embedding of the image's class, with a norm at least as large as the teacher's.
@@ -20,7 +20,7 @@ from mdistiller.methods.base import (
     Method,
     Needs,
     Scalar,
-    count_labelled,
+    count_labeled,
     exact,
     promote,
     ramp,
@@ -73,11 +73,11 @@ def nd_loss(
         norms = (torch.linalg.vector_norm(x, dim=1) for x in (student, teacher))
         norm = torch.maximum(*norms).clamp(min=1e-12)
         losses = shares.sum(1) - (student * directions).sum(1) / norm
-    return losses.sum() / count_labelled(target).clamp(min=1)
+    return losses.sum() / count_labeled(target).clamp(min=1)
 
 
 class NDConfig(WrapperConfig):
-    """Hyper-parameters of KD++; the defaults are the authors' for resnet56 → resnet20 on CIFAR-100."""
+    """Hyperparameters of KD++; the defaults are the authors' for resnet56 → resnet20 on CIFAR-100."""
 
     task_weight: float = Field(default=1.0, ge=0)
     """Weight of the task loss."""

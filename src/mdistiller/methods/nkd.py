@@ -2,7 +2,7 @@ r"""Normalized KD (Yang, Zeng, Li, Zhang, Yuan, Li: ICCV 2023, arXiv 2303.13005)
 
 The cross-entropy of student and teacher splits into a term of the target, $-p^T_t \log p^S_t$, and one of the
 other classes. The other probabilities sum to $1 - p_t$, which differs between the models, so they cannot
-become equal; NKD normalises them to sum to one.
+become equal; NKD normalizes them to sum to one.
 """
 
 import math
@@ -73,7 +73,7 @@ def nkd_loss(
 
 
 class NKDConfig(MethodConfig):
-    """Hyper-parameters of NKD; the defaults are those of the authors' code for CIFAR-100."""
+    """Hyperparameters of NKD; the defaults are those of the authors' code for CIFAR-100."""
 
     gamma: float = Field(default=3.5, ge=0)
     """Weight of the part of the other classes; the authors use 1.5 on ImageNet."""
@@ -83,7 +83,7 @@ class NKDConfig(MethodConfig):
 
 @register_method("nkd")
 class NKD(LogitMethod[NKDConfig]):
-    """Weights the target's cross-entropy by the teacher, and matches the normalised other classes."""
+    """Weights the target's cross-entropy by the teacher, and matches the normalized other classes."""
 
     Config = NKDConfig
     needs = Needs(labels=True, every_label=False)

@@ -11,16 +11,16 @@ from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, kd_sa
 from mdistiller.methods.registry import register_method
 
 
-def _standardise(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Standardises logits over the classes, [B, C], and returns their variance before that, [B]."""
+def _standardize(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Standardizes logits over the classes, [B, C], and returns their variance before that, [B]."""
     absent = logits == float("-inf")
     count = (~absent).sum(1, keepdim=True)
     mean = logits.masked_fill(absent, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-    centred = (logits - mean).masked_fill(absent, 0.0)
-    variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    centered = (logits - mean).masked_fill(absent, 0.0)
+    variance = centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
     # Equal logits have no scale; undivided, they keep a gradient from which a student can start.
     variance = variance.where(variance > 1e-8, 1.0)
-    return (centred / variance.sqrt()).masked_fill(absent, float("-inf")), variance[:, 0]
+    return (centered / variance.sqrt()).masked_fill(absent, float("-inf")), variance[:, 0]
 
 
 def normkd_loss(
@@ -38,7 +38,7 @@ def normkd_loss(
 
     std is the sample standard deviation over the classes (C − 1 in the denominator), taken as 1 where it is
     below 1e-4. The student's std has a gradient, so the loss does not depend on shift and scale of the
-    student's logits. For two classes, standardised logits are always ±1/√2 and have no gradient. The loss is
+    student's logits. For two classes, standardized logits are always ±1/√2 and have no gradient. The loss is
     in nats times the squared temperature of the teacher; `temperature` is T_norm. Shapes, `reduction`, `mask`
     and errors: as `kd_loss`.
 
@@ -47,15 +47,15 @@ def normkd_loss(
 
     def samples(student: Tensor, teacher: Tensor, target: None) -> Tensor:
         student, teacher = soften(student, teacher, 1.0)
-        student, _ = _standardise(student)
-        teacher, variance = _standardise(teacher)
+        student, _ = _standardize(student)
+        teacher, variance = _standardize(teacher)
         return kd_samples(student, teacher, temperature) * variance
 
     return reduce_samples(samples, student_logits, teacher_logits, None, reduction, mask=mask)
 
 
 class NormKDConfig(MethodConfig):
-    """Hyper-parameters of NormKD; the defaults are the authors' for CIFAR-100."""
+    """Hyperparameters of NormKD; the defaults are the authors' for CIFAR-100."""
 
     task_weight: float = Field(default=0.1, ge=0)
     """Weight of the task loss."""

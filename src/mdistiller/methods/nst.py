@@ -16,7 +16,7 @@ from mdistiller.types import Batch, Outputs
 
 
 def nst_loss(student_features: Maps, teacher_features: Maps) -> Scalar:
-    r"""Computes the squared MMD of the channels' normalised maps with the kernel $k(x, y) = (x^\top y)^2$.
+    r"""Computes the squared MMD of the channels' normalized maps with the kernel $k(x, y) = (x^\top y)^2$.
 
     $$\sum_l \frac{1}{B} \sum_b \Big( \operatorname{mean}_{i,i'} k(t_i, t_{i'}) +
     \operatorname{mean}_{j,j'} k(s_j, s_{j'}) - 2 \operatorname{mean}_{i,j} k(t_i, s_j) \Big)$$
@@ -40,7 +40,7 @@ def nst_loss(student_features: Maps, teacher_features: Maps) -> Scalar:
 
 
 class NSTConfig(FeatureConfig):
-    """Hyper-parameters of NST; the defaults are the usual ones for CIFAR-100."""
+    """Hyperparameters of NST; the defaults are the usual ones for CIFAR-100."""
 
     weight: Weight = 50.0
     """Weight of the MMD loss."""

@@ -73,7 +73,7 @@ def ofa_loss(
 
 
 class OFAConfig(MethodConfig):
-    """Hyper-parameters of OFA; the defaults are those of the authors' code."""
+    """Hyperparameters of OFA; the defaults are those of the authors' code."""
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the sum of the losses of the stages."""
@@ -124,7 +124,7 @@ class OFA(Method[OFAConfig]):
                 self.projectors.append(TokenProjector(shape, layout.prefix, own, deeper, classes))
             else:
                 self.projectors.append(map_projector(shape[1], wider, deeper, classes))
-        self.projectors.apply(_initialise)
+        self.projectors.apply(_initialize)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
@@ -211,7 +211,7 @@ class _Merge(nn.Module):
         return F.gelu(self.reduce(self.norm(x))).permute(0, 3, 1, 2)
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):

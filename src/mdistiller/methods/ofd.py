@@ -131,7 +131,7 @@ def preceding_norms(
 
 
 class OFDConfig(FeatureConfig):
-    """Hyper-parameters of OFD; the defaults are the paper's for CIFAR-100."""
+    """Hyperparameters of OFD; the defaults are the paper's for CIFAR-100."""
 
     weight: Weight = 0.001
     """Weight of the loss of the last stage; each stage before has half the weight of the next one."""

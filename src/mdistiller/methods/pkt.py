@@ -27,14 +27,14 @@ def float_embeddings(student_embedding: Tensor, teacher_embedding: Tensor) -> tu
 
 
 def _affinities(x: Tensor) -> Tensor:
-    """Returns the probabilities of choosing sample j as a neighbour of i, [B, B], one row per i."""
+    """Returns the probabilities of choosing sample j as a neighbor of i, [B, B], one row per i."""
     x = unit(x, eps=_EPS**2)
     kernel = (x @ x.T + 1) / 2
     return kernel / kernel.sum(1, keepdim=True)
 
 
 def pkt_loss(student_embedding: Vectors, teacher_embedding: Vectors) -> Scalar:
-    r"""Computes the divergence between the neighbourhoods in the student's and the teacher's embedding.
+    r"""Computes the divergence between the neighborhoods in the student's and the teacher's embedding.
 
     $$\frac{1}{B^2} \sum_{i,j} p^T_{j|i} \log \frac{p^T_{j|i}}{p^S_{j|i}}, \quad
     p_{j|i} = \frac{K(x_i, x_j)}{\sum_k K(x_i, x_k)}, \quad K(a, b) = \tfrac12 (\cos(a, b) + 1)$$
@@ -43,7 +43,7 @@ def pkt_loss(student_embedding: Vectors, teacher_embedding: Vectors) -> Scalar:
     with several processes, gather the embeddings first. Errors: as `float_embeddings`.
 
     Source: Passalis, Tefas, ECCV 2018, the cosine kernel and the divergence of section 3. As in the authors'
-    code, a sample is one of its own neighbours.
+    code, a sample is one of its own neighbors.
     """
     student, teacher = float_embeddings(student_embedding, teacher_embedding)
     with exact(student):
@@ -52,7 +52,7 @@ def pkt_loss(student_embedding: Vectors, teacher_embedding: Vectors) -> Scalar:
 
 
 class PKTConfig(FeatureConfig):
-    """Hyper-parameters of PKT; the default is the usual one for CIFAR-100."""
+    """Hyperparameters of PKT; the default is the usual one for CIFAR-100."""
 
     weight: Weight = 30000.0
     """Weight of the PKT loss, which is small because it is a mean over pairs of samples."""
@@ -60,7 +60,7 @@ class PKTConfig(FeatureConfig):
 
 @register_method("pkt")
 class PKT(FeatureMethod[PKTConfig]):
-    """Matches the neighbourhood of each sample in the teacher's embedding."""
+    """Matches the neighborhood of each sample in the teacher's embedding."""
 
     Config = PKTConfig
     sequences = True

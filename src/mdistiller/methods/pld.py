@@ -64,7 +64,7 @@ def pld_loss(
 
 
 class PLDConfig(MethodConfig):
-    """Hyper-parameters of PLD; the defaults are the authors' for ImageNet."""
+    """Hyperparameters of PLD; the defaults are the authors' for ImageNet."""
 
     task_weight: float = Field(default=0.0, ge=0)
     """Weight of the task loss; the first step of the order is one already."""

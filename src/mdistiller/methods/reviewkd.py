@@ -86,7 +86,7 @@ class ABF(nn.Module):
 
 
 class ReviewKDConfig(FeatureConfig):
-    """Hyper-parameters of ReviewKD."""
+    """Hyperparameters of ReviewKD."""
 
     weight: Weight = 1.0
     """Weight of the review loss; 0.6 to 8 in the paper, depending on the pair."""

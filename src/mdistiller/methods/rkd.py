@@ -58,7 +58,7 @@ def rkd_loss(
 
 
 class RKDConfig(FeatureConfig):
-    """Hyper-parameters of RKD; the defaults are the usual ones for CIFAR-100."""
+    """Hyperparameters of RKD; the defaults are the usual ones for CIFAR-100."""
 
     weight: Weight = 1.0
     """Weight of the RKD loss."""

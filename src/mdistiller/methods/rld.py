@@ -76,7 +76,7 @@ def rld_loss(
 
 
 class RLDConfig(MethodConfig):
-    """Hyper-parameters of RLD; the defaults are the authors' example for CIFAR-100."""
+    """Hyperparameters of RLD; the defaults are the authors' example for CIFAR-100."""
 
     alpha: float = Field(default=1.0, ge=0)
     """Weight of the sample confidence."""

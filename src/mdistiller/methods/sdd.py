@@ -59,7 +59,7 @@ def region_weights(
 
 
 class SDDConfig(WrapperConfig):
-    """Hyper-parameters of SDD."""
+    """Hyperparameters of SDD."""
 
     scales: tuple[PositiveInt, ...] = Field(default=(1, 2, 4), min_length=1)
     """Grids over the last feature map, s × s regions each."""

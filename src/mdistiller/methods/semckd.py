@@ -38,7 +38,7 @@ def semckd_loss(distances: Float[Tensor, "b s t"], attention: Float[Tensor, "b s
 
 
 class SemCKDConfig(FeatureConfig):
-    """Hyper-parameters of SemCKD; the defaults are the authors' for CIFAR-100."""
+    """Hyperparameters of SemCKD; the defaults are the authors' for CIFAR-100."""
 
     weight: float = Field(default=400.0, ge=0)
     """Weight of the loss between layers."""

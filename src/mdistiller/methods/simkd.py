@@ -133,7 +133,7 @@ def rebuild(student: nn.Module, state: dict[str, Tensor]) -> ReusedClassifier:
 
 
 class SimKDConfig(MethodConfig):
-    """Hyper-parameters of SimKD; the defaults are the authors'."""
+    """Hyperparameters of SimKD; the defaults are the authors'."""
 
     task_weight: float = Field(default=0.0, ge=0)
     """Weight of the task loss, which SimKD does not need."""

@@ -13,7 +13,7 @@ from mdistiller.types import Batch, Outputs
 
 
 def sp_loss(student_feature: Float[Tensor, "b ..."], teacher_feature: Float[Tensor, "b ..."]) -> Scalar:
-    r"""Computes the squared distance of the row-normalised similarity matrices of a batch.
+    r"""Computes the squared distance of the row-normalized similarity matrices of a batch.
 
     $$\frac{1}{B^2} \| \hat G^T - \hat G^S \|_F^2, \quad G = F F^\top, \quad
     \hat G_{i,:} = G_{i,:} / \| G_{i,:} \|_2$$
@@ -40,7 +40,7 @@ def sp_loss(student_feature: Float[Tensor, "b ..."], teacher_feature: Float[Tens
 
 
 class SPConfig(FeatureConfig):
-    """Hyper-parameters of SP; the defaults are the usual ones for CIFAR-100."""
+    """Hyperparameters of SP; the defaults are the usual ones for CIFAR-100."""
 
     weight: Weight = 3000.0
     """Weight of the similarity loss."""

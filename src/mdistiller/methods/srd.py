@@ -1,6 +1,6 @@
 r"""Simple recipe distillation (SRD; Miles, Mikolajczyk: AAAI 2024, arXiv 2303.11098).
 
-A linear projection of the student's embedding learns relations between samples. A normalisation over the
+A linear projection of the student's embedding learns relations between samples. A normalization over the
 batch, without parameters, sets the pace at which it learns, and a soft maximum of the errors suits students
 that are far weaker than the teacher.
 """
@@ -8,7 +8,7 @@ that are far weaker than the teacher.
 import torch
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Card, Example, Losses, Scalar, promote, standardise
+from mdistiller.methods.base import Card, Example, Losses, Scalar, promote, standardize
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -23,7 +23,7 @@ _EPS = 1e-5
 
 
 def srd_loss(student_embedding: Vectors, teacher_embedding: Vectors, *, eps: float = 1e-4) -> Scalar:
-    r"""Computes the logarithm of the sum of the fourth powers of the differences of standardised embeddings.
+    r"""Computes the logarithm of the sum of the fourth powers of the differences of standardized embeddings.
 
     $$\log \Big( 10^{-5} + \sum_{b,d} \big( \hat h^S_{bd} - \hat h^T_{bd} \big)^4 \Big), \quad
     \hat h_{bd} = \frac{h_{bd} - \mu_d}{\sqrt{\sigma_d^2 + \epsilon}}$$
@@ -42,12 +42,12 @@ def srd_loss(student_embedding: Vectors, teacher_embedding: Vectors, *, eps: flo
     the constant 1e-5, of their code for DeiT, is added.
     """
     check_shapes(student_embedding, teacher_embedding, "B, D")
-    student, teacher = (standardise(promote(x), eps) for x in (student_embedding, teacher_embedding))
+    student, teacher = (standardize(promote(x), eps) for x in (student_embedding, teacher_embedding))
     return ((student - teacher).square().square().sum() + _EPS).log()
 
 
 class SRDConfig(FeatureConfig):
-    """Hyper-parameters of SRD; the defaults are the authors' for ImageNet."""
+    """Hyperparameters of SRD; the defaults are the authors' for ImageNet."""
 
     weight: Weight = 2.0
     """Weight of the loss."""
@@ -55,7 +55,7 @@ class SRDConfig(FeatureConfig):
 
 @register_method("srd")
 class SRD(FeatureMethod[SRDConfig]):
-    """Matches a linear projection of the student's embedding, both standardised over the batch."""
+    """Matches a linear projection of the student's embedding, both standardized over the batch."""
 
     Config = SRDConfig
     sequences = True

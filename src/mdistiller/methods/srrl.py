@@ -57,7 +57,7 @@ def srrl_loss(
 
 
 class SRRLConfig(MethodConfig):
-    """Hyper-parameters of SRRL; the defaults are the authors'."""
+    """Hyperparameters of SRRL; the defaults are the authors'."""
 
     feature_weight: float = Field(default=1.0, ge=0)
     """Weight α of the feature matching loss."""

@@ -1,7 +1,7 @@
 """Transformed teacher matching, and its weighted form (Zheng, Yang: ICLR 2024, arXiv 2402.11148).
 
-A temperature raises probabilities to a power and normalises them. TTM transforms only the teacher; compared
-with KD, this adds a Rényi entropy of the student as a regulariser.
+A temperature raises probabilities to a power and normalizes them. TTM transforms only the teacher; compared
+with KD, this adds a Rényi entropy of the student as a regularizer.
 """
 
 from pydantic import Field
@@ -74,7 +74,7 @@ def wttm_loss(
 
 
 class TTMConfig(MethodConfig):
-    """Hyper-parameters of TTM; the defaults are the authors' example, vgg13 → vgg8 on CIFAR-100."""
+    """Hyperparameters of TTM; the defaults are the authors' example, vgg13 → vgg8 on CIFAR-100."""
 
     weight: float = Field(default=45.0, ge=0)
     """Weight of the TTM loss."""
@@ -83,7 +83,7 @@ class TTMConfig(MethodConfig):
 
 
 class WTTMConfig(MethodConfig):
-    """Hyper-parameters of WTTM; the defaults are the authors' example, vgg13 → vgg8 on CIFAR-100."""
+    """Hyperparameters of WTTM; the defaults are the authors' example, vgg13 → vgg8 on CIFAR-100."""
 
     weight: float = Field(default=4.0, ge=0)
     """Weight of the WTTM loss."""

@@ -45,7 +45,7 @@ def vid_loss(
 
 
 class VIDConfig(FeatureConfig):
-    """Hyper-parameters of VID; the defaults are the usual ones for CIFAR-100."""
+    """Hyperparameters of VID; the defaults are the usual ones for CIFAR-100."""
 
     weight: float = Field(default=1.0, ge=0)
     """Weight of the VID loss, a sum over the taps."""

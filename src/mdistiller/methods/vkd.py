@@ -22,7 +22,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 
 
 def vkd_loss(student_embedding: Vectors, teacher_embedding: Vectors) -> Scalar:
-    r"""Computes the smooth absolute difference from the teacher's standardised embedding.
+    r"""Computes the smooth absolute difference from the teacher's standardized embedding.
 
     $$\frac{1}{BD} \sum_{b,d} \ell\big( h^S_{bd} - \hat h^T_{bd} \big), \quad
     \hat h_{bd} = \frac{h_{bd} - \mu_b}{\sqrt{\sigma_b^2 + 10^{-5}}}, \quad
@@ -37,7 +37,7 @@ def vkd_loss(student_embedding: Vectors, teacher_embedding: Vectors) -> Scalar:
     Raises:
         ConfigError: not two embeddings of one shape [B, D].
 
-    Source: Miles et al., CVPR 2024, the loss with standardised targets; equals the authors' code.
+    Source: Miles et al., CVPR 2024, the loss with standardized targets; equals the authors' code.
     """
     check_shapes(student_embedding, teacher_embedding, "B, D")
     student, teacher = promote(student_embedding), promote(teacher_embedding)
@@ -45,7 +45,7 @@ def vkd_loss(student_embedding: Vectors, teacher_embedding: Vectors) -> Scalar:
 
 
 class VkDConfig(FeatureConfig):
-    """Hyper-parameters of VkD; the defaults are the authors' for DeiT on ImageNet."""
+    """Hyperparameters of VkD; the defaults are the authors' for DeiT on ImageNet."""
 
     weight: Weight = 1.0
     """Weight of the loss."""
@@ -53,7 +53,7 @@ class VkDConfig(FeatureConfig):
 
 @register_method("vkd")
 class VkD(FeatureMethod[VkDConfig]):
-    """Matches an orthogonal projection of the student's embedding with the teacher's standardised one."""
+    """Matches an orthogonal projection of the student's embedding with the teacher's standardized one."""
 
     Config = VkDConfig
     sequences = True

@@ -73,7 +73,7 @@ def cka_distances(features: Float[Tensor, "c n d"]) -> Distances:
     $$\mathrm{CKA}_{ij} = \frac{\| \bar X_i^\top \bar X_j \|^2}{\| \bar X_i^\top \bar X_i \| \,
     \| \bar X_j^\top \bar X_j \|}$$
 
-    with the centred n × D features of a class. The result depends on the order of the images in a class.
+    with the centered n × D features of a class. The result depends on the order of the images in a class.
     Computed from the n × n products $X X^\top$ where n ≤ D, which give the same numbers in less work.
 
     Source: Lv et al., NeurIPS 2024, section 3.1; Kornblith et al., ICML 2019.
@@ -124,14 +124,14 @@ def class_distances(teacher: nn.Module, images: Iterable[Batch], tap: str | None
 
 
 def transport_cost(
-    student: Tensor, teacher: Tensor, present: Tensor, cost: Tensor, regularisation: float, iterations: int
+    student: Tensor, teacher: Tensor, present: Tensor, cost: Tensor, regularization: float, iterations: int
 ) -> Tensor:
     r"""Computes the transport costs $\sum_{ij} c_{ij} \pi_{ij}$ between probabilities [B, C], [B].
 
     The plan π is that of Sinkhorn's iterations with the kernel $\exp(-c / \eta)$. Absent classes, where
     `present` [B, C] is False, have probability 0 in both models, and so no part in the plan.
     """
-    kernel = (-cost / regularisation).exp()
+    kernel = (-cost / regularization).exp()
     u = present / present.sum(1, keepdim=True, dtype=student.dtype)
     v = u
     for _ in range(iterations):
@@ -146,7 +146,7 @@ def wkd_l_samples(
     target: Tensor,
     distances: Tensor,
     temperature: float,
-    regularisation: float,
+    regularization: float,
     iterations: int,
 ) -> tuple[Tensor, Tensor]:
     """Computes the target's loss and the transport cost, [B] each without weights, as in `wkd_l_loss`."""
@@ -167,7 +167,7 @@ def wkd_l_samples(
     with exact(student):
         p, q = ((x / temperature).masked_fill(~present, _LOW).softmax(1) for x in (student, teacher))
         cost = promote(distances).to(p.dtype).clamp(min=0) + _EPS
-        transport = transport_cost(p, q, present, cost, regularisation, iterations)
+        transport = transport_cost(p, q, present, cost, regularization, iterations)
     return matched, transport
 
 
@@ -179,7 +179,7 @@ def wkd_l_loss(
     *,
     weight: float = 600.0,
     temperature: float = 8.0,
-    regularisation: float = 0.05,
+    regularization: float = 0.05,
     iterations: int = 10,
     reduction: Reduction = "mean",
     ignore_index: int = IGNORED,
@@ -204,7 +204,7 @@ def wkd_l_loss(
             negative values count as 0.
         weight: weight w of the transport cost.
         temperature: T > 0 of the transported probabilities; there is no factor T².
-        regularisation: η > 0, the strength of the plan's entropy.
+        regularization: η > 0, the strength of the plan's entropy.
         iterations: number of Sinkhorn's iterations.
         reduction: as in `dkd_loss`.
         ignore_index: as in `dkd_loss`.
@@ -215,7 +215,7 @@ def wkd_l_loss(
 
     Source: Lv et al., NeurIPS 2024, equations 4 to 6; equals the authors' code.
     """
-    settings = distances, temperature, regularisation, iterations
+    settings = distances, temperature, regularization, iterations
 
     def samples(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         matched, transport = wkd_l_samples(student, teacher, target, *settings)
@@ -288,7 +288,7 @@ def _decay(progress: Tensor, start: float) -> Tensor | float:
 
 
 class WKDLConfig(MethodConfig):
-    """Hyper-parameters of WKD-L; the defaults are the authors' for resnet32x4 → resnet8x4."""
+    """Hyperparameters of WKD-L; the defaults are the authors' for resnet32x4 → resnet8x4."""
 
     weight: float = Field(default=600.0, ge=0)
     """Weight of the transport cost, before the decay."""
@@ -300,7 +300,7 @@ class WKDLConfig(MethodConfig):
     step. None: 1 − cosine between the rows of the teacher's classifier."""
     sharpness: float = Field(default=1.0, ge=0)
     """κ: the cost is 1 − exp(−κ d) of a distance d; 0: the distance itself."""
-    regularisation: float = Field(default=0.05, gt=0)
+    regularization: float = Field(default=0.05, gt=0)
     """Strength η of the entropy of the transport plan."""
     iterations: int = Field(default=10, ge=1)
     """Number of Sinkhorn's iterations."""
@@ -367,7 +367,7 @@ class WKDL(Method[WKDLConfig]):
         c = self.config
         if self._pending is not None:
             self._compute_distances()
-        settings = self.costs(), c.temperature, c.regularisation, c.iterations
+        settings = self.costs(), c.temperature, c.regularization, c.iterations
         matched, transport = wkd_l_samples(student.logits, teacher.logits, batch.label, *settings)
         weight = c.weight * _decay(progress, c.decay_start)
         return {"wkd_target": matched.mean(), "wkd_transport": weight * transport.mean()}
@@ -388,7 +388,7 @@ def _read_distances(path: Path) -> Tensor:
 
 
 class WKDFConfig(FeatureConfig):
-    """Hyper-parameters of WKD-F; the defaults are the authors' for resnet32x4 → resnet8x4."""
+    """Hyperparameters of WKD-F; the defaults are the authors' for resnet32x4 → resnet8x4."""
 
     weight: float = Field(default=0.08, ge=0)  # no `auto`: it is measured at the end of the decay
     """Weight of the loss, before the decay."""

@@ -20,7 +20,7 @@ _ALLOWED = (
 class OwnInput(nn.Module):
     """Model that takes images prepared for another model, and prepares them for itself.
 
-    Images are float [B, C, H, W], normalised for the other model. Each channel is renormalised, then the
+    Images are float [B, C, H, W], normalized for the other model. Each channel is renormalized, then the
     images are scaled to squares of the model's own size, bilinear, antialiased where they shrink. Arguments
     that are no such images pass unchanged. Names of taps are those of the model.
 

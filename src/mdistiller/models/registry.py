@@ -45,7 +45,7 @@ class ModelConfig(Settings):
     """Further arguments of the model function, such as timm's `img_size` or torchvision's `weights`."""
     mean: tuple[Mean, Mean, Mean] | None = None
     """Teacher: mean of red, green and blue in its images, scaled to [0, 1]. The teacher sees the student's
-    augmented image, renormalised and scaled. None: see `images`."""
+    augmented image, renormalized and scaled. None: see `images`."""
     std: tuple[Std, Std, Std] | None = None
     """Teacher: standard deviation of red, green and blue in its images. None: see `images`."""
     image_size: Side | None = None

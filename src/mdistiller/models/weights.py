@@ -108,7 +108,7 @@ def load_weights(
             stacklevel=2,
         )
         reshaped = [key for key in own if key not in state or own[key].shape != state[key].shape]
-        initialise_classifier(model, {key.rpartition(".")[0] for key in reshaped})
+        initialize_classifier(model, {key.rpartition(".")[0] for key in reshaped})
         own = model.state_dict()
         state |= {key: own[key] for key in reshaped}
     for key, tensor in state.items():
@@ -120,7 +120,7 @@ def load_weights(
     model.load_state_dict(state)
 
 
-def initialise_classifier(model: nn.Module, paths: Iterable[str]) -> None:
+def initialize_classifier(model: nn.Module, paths: Iterable[str]) -> None:
     """Gives new linear layers small weights, so that the first steps do not have to undo large ones."""
     for path in sorted(paths):
         layer = model.get_submodule(path)

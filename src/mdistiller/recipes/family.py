@@ -25,7 +25,7 @@ class Family:
 
     baseline: the config that trains one model on the labels; a pair's differs in teacher and method only.
     pairs: the pairs TEACHER_STUDENT that are listed.
-    tune: changes the hyper-parameters of a method, and of its parts, for a pair.
+    tune: changes the hyperparameters of a method, and of its parts, for a pair.
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
     settings: the source of the settings of `tune`, for the line at the start of a run; empty: `published`.
@@ -40,7 +40,7 @@ class Family:
     about: ClassVar[str] = ""
     """Form of pairs and models, where they are more than the names of models."""
 
-    labelled: ClassVar[bool] = True
+    labeled: ClassVar[bool] = True
     """Whether the data have labels."""
 
     baseline: Callable[[str], RunConfig]

@@ -17,7 +17,7 @@ SETTING = (
     f"scikit-learn's handwritten digits at 16 × 16 pixels, 500 test images. The teacher ({TEACHER}) trains "
     f"on all 1,297 training images. Every student ({STUDENT}) trains on {IMAGES} of them with "
     f"{LABEL_NOISE:.0%} wrong labels. This setting leaves room between student and teacher; it is not a "
-    "benchmark. KD and DKD have their published hyper-parameters for CIFAR-100."
+    "benchmark. KD and DKD have their published hyperparameters for CIFAR-100."
 )
 
 

@@ -79,7 +79,7 @@ def draw_curves(
     lines: dict[str, list[tuple[int, float]]] | None = None,
     log: bool = False,
 ) -> Canvas:
-    """Draws curves; `lines` are drawn dashed in the colour of text, such as the teacher's."""
+    """Draws curves; `lines` are drawn dashed in the color of text, such as the teacher's."""
     lines, canvas = lines or {}, Canvas(*size)
     ys = value_range(list(curves.values()), [y for points in lines.values() for _, y in points], log=log)
     first, last = min(c.x[0] for c in curves.values()), max(c.x[-1] for c in curves.values())
@@ -101,11 +101,11 @@ def draw_curves(
                 if size != PANEL and len(rows.rows) <= FEW_ROWS and len(rows.groups[label]) > 1:
                     edge = list(zip(x, map(frame.y, curve.high), strict=True))
                     edge += list(zip(x, map(frame.y, curve.low), strict=True))[::-1]
-                    canvas.curve(edge, class_="band", fill=look.colour)
+                    canvas.curve(edge, class_="band", fill=look.color)
                 mean = list(zip(x, map(frame.y, curve.mean), strict=True))
-                style = {"stroke": look.colour, "stroke_dasharray": look.dash or None}
+                style = {"stroke": look.color, "stroke_dasharray": look.dash or None}
                 canvas.curve(mean, fill=None, class_="curve", **style)
-                canvas.mark(look.shape, *mean[-1], 4, fill=look.colour)
+                canvas.mark(look.shape, *mean[-1], 4, fill=look.color)
     return canvas
 
 

@@ -1,4 +1,4 @@
-"""Colours and marks of rows, bound to their methods: a method has the same colour on every page."""
+"""Colors and marks of rows, bound to their methods: a method has the same color on every page."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from zlib import crc32
 
 from mdistiller.methods import get_method, list_methods
 
-# Okabe and Ito's colours, which suit any colour vision, without black and yellow, and more.
+# Okabe and Ito's colors, which suit any color vision, without black and yellow, and more.
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5CCB"),
     *("#8C6D31", "#B8383F", "#5F9E1F", "#00A0A8", "#A64CA6", "#6878E8", "#B59A2C"),
@@ -15,14 +15,14 @@ COLOURS = (
 ALONE, EVALUATED = "#7d8590", "#b0498f"
 SHAPES = ("circle", "square", "diamond", "up", "down", "plus")
 DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 4", "12 3")
-# Methods that most papers have on one page, and so differ in colour.
+# Methods that most papers have on one page, and so differ in color.
 _FIRST = ("dkd", "kd", "crd", "reviewkd", "at", "fitnet", "simkd")
 
 
 class Look(NamedTuple):
-    """Appearance of a row: colour, shape of its mark, and stroke-dasharray of its line."""
+    """Appearance of a row: color, shape of its mark, and stroke-dasharray of its line."""
 
-    colour: str
+    color: str
     shape: str
     dash: str
 
@@ -30,20 +30,20 @@ class Look(NamedTuple):
 def looks(methods: Mapping[str, str]) -> dict[str, Look]:
     """Returns the look of each row from its method, by label.
 
-    The colour follows from the method alone. So does the mark, unless an earlier row has colour and mark.
+    The color follows from the method alone. So does the mark, unless an earlier row has color and mark.
     """
     found: dict[str, Look] = {}
     for label, method in methods.items():
-        colour, first = _bound(method)
+        color, first = _bound(method)
         styles = [
-            Look(colour, SHAPES[i % len(SHAPES)], DASHES[i % len(SHAPES)]) for i in range(first, first + 6)
+            Look(color, SHAPES[i % len(SHAPES)], DASHES[i % len(SHAPES)]) for i in range(first, first + 6)
         ]
         found[label] = next((look for look in styles if look not in found.values()), styles[0])
     return found
 
 
 def _bound(method: str) -> tuple[str, int]:
-    """Returns a method's colour and the number of its mark."""
+    """Returns a method's color and the number of its mark."""
     if method in ("none", ""):
         return (ALONE, 0) if method else (EVALUATED, 2)
     if method in _FIRST:

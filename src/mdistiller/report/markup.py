@@ -34,7 +34,7 @@ class Section(NamedTuple):
         inner = (
             f"<details><summary>{head}</summary>{self.body}</details>" if self.folded else head + self.body
         )
-        return f'<section aria-labelledby="{self.name}">{inner}</section>'
+        return f'<section aria-labeledby="{self.name}">{inner}</section>'
 
 
 def document(title: str, parts: Iterable[str]) -> str:
@@ -170,8 +170,8 @@ def folded(title: str, body: str, *, unfolded: bool) -> str:
 def swatch(look: Look) -> str:
     """Returns a small picture of a row's line and mark."""
     canvas = Canvas(30, 12)
-    canvas.line(0, 6, 30, 6, stroke=look.colour, stroke_width=2.5, stroke_dasharray=look.dash or None)
-    canvas.mark(look.shape, 15, 6, 4.5, fill=look.colour)
+    canvas.line(0, 6, 30, 6, stroke=look.color, stroke_width=2.5, stroke_dasharray=look.dash or None)
+    canvas.mark(look.shape, 15, 6, 4.5, fill=look.color)
     return f'<svg width="30" height="12" aria-hidden="true">{"".join(canvas.parts)}</svg>'
 
 

@@ -31,7 +31,7 @@ for (const button of $$('th[aria-sort] button'))
     }));
   });
 
-// Saving: a chart as it is drawn now, with its colours, or the numbers behind it.
+// Saving: a chart as it is drawn now, with its colors, or the numbers behind it.
 function save(name, data, kind) {
   const link = document.createElement('a');
   link.href = URL.createObjectURL(new Blob([data], {type: kind}));

@@ -7,7 +7,7 @@ from functools import cached_property
 import mdistiller.report.markup as html
 from mdistiller.report.answer import Contest, find_contests, shown_rows
 from mdistiller.report.looks import Look, looks
-from mdistiller.report.runs import Row, RunRecord, group, summarise
+from mdistiller.report.runs import Row, RunRecord, group, summarize
 from mdistiller.types import Metric
 
 
@@ -25,7 +25,7 @@ class PageRows:
     @classmethod
     def of(cls, runs: Sequence[RunRecord]) -> "PageRows":
         """Groups runs into rows."""
-        groups, rows = group(runs), summarise(runs)
+        groups, rows = group(runs), summarize(runs)
         ranked = [row for contest in find_contests(groups, rows) for row in contest.rows]
         rows = ranked + [row for row in rows if row not in ranked]
         return cls({row.label: groups[row.label] for row in rows}, rows)

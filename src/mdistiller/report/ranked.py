@@ -86,14 +86,14 @@ def draw_ranked(contest: Contest, looks: Mapping[str, Look], metric: Metric, wid
                 look, ends = looks[row.label], interval(row)
                 if ends is not None:
                     canvas.line(
-                        scale(ends[0]), y, scale(min(ends[1], most)), y, class_="bar", stroke=look.colour
+                        scale(ends[0]), y, scale(min(ends[1], most)), y, class_="bar", stroke=look.color
                     )
                 for single in row.values:
-                    canvas.add("circle", cx=scale(single), cy=y, r=3.6, class_="seed", stroke=look.colour)
+                    canvas.add("circle", cx=scale(single), cy=y, r=3.6, class_="seed", stroke=look.color)
                 if row.seeds >= SEEDS:
-                    canvas.mark(look.shape, scale(value), y, 6, fill=look.colour)
+                    canvas.mark(look.shape, scale(value), y, 6, fill=look.color)
                 if value < scale.low:
-                    canvas.text(label - 7, y + 5, "◂", fill=look.colour, class_="strong")
+                    canvas.text(label - 7, y + 5, "◂", fill=look.color, class_="strong")
     return canvas
 
 

@@ -1,4 +1,4 @@
-"""Reads run folders and summarises them over seeds."""
+"""Reads run folders and summarizes them over seeds."""
 
 from __future__ import annotations
 
@@ -329,7 +329,7 @@ def find_baseline(run: RunRecord, groups: Mapping[str, Sequence[RunRecord]]) -> 
     return min(found, key=found.__getitem__) if found else None
 
 
-def summarise(runs: Sequence[RunRecord]) -> list[Row]:
+def summarize(runs: Sequence[RunRecord]) -> list[Row]:
     """Returns the rows of the headline table, in the order of the runs."""
     groups = group(runs)
     rows = {label: make_row(label, members) for label, members in groups.items()}
@@ -341,7 +341,7 @@ def summarise(runs: Sequence[RunRecord]) -> list[Row]:
 
 
 def make_row(label: str, runs: Sequence[RunRecord]) -> Row:
-    """Summarises runs that differ only in their seed, the finished ones alone if there are any.
+    """Summarizes runs that differ only in their seed, the finished ones alone if there are any.
 
     `over_baseline` is None.
     """

@@ -1,6 +1,6 @@
 """Charts as SVG: a canvas, scales with ticks, marks, lines and heat maps.
 
-The colours of text and lines come from `chart.css`, so that a chart follows the page's light or dark scheme.
+The colors of text and lines come from `chart.css`, so that a chart follows the page's light or dark scheme.
 """
 
 import base64

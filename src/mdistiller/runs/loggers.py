@@ -30,7 +30,7 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard, with what differs from the recipe as hyper-parameters.
+    """Event files in RUN/tensorboard, with what differs from the recipe as hyperparameters.
 
     It does without SummaryWriter, whose thread reports a failed write late and prints a traceback.
     """
@@ -53,7 +53,7 @@ class TensorBoard:
             self._write(step=resumed + 1, session_log=session)
         values = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in changed.items()}
         first = config.metrics[0]
-        shown = {f"{METRIC}{first}": None, f"{METRIC}best_{first}": None}  # beside the hyper-parameters
+        shown = {f"{METRIC}{first}": None, f"{METRIC}best_{first}": None}  # beside the hyperparameters
         experiment, start, self.end = self.summary.hparams(values, shown)
         self._write(summary=experiment)
         self._write(summary=start)
@@ -165,7 +165,7 @@ def hyper_parameters(config: RunConfig, usual: RunConfig | None) -> Line:
     return {"recipe": config.recipe} | {k: v for k, v in mine.items() if k not in theirs or v != theirs[k]}
 
 
-# By the run folder, the config, its hyper-parameters, and the step from which a run resumes; None: a new one.
+# By the run folder, the config, its hyperparameters, and the step from which a run resumes; None: a new one.
 LOGGERS: dict[str, Callable[[Path, RunConfig, Mapping[str, object], int | None], Logger]] = {
     "mlflow": MLflow,
     "tensorboard": TensorBoard,

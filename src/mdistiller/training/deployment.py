@@ -41,10 +41,10 @@ class ModelInput(BaseModel, frozen=True):
     image_size: int | None = None
     """Side of the square input in pixels. None: any size."""
     resize: int | None = None
-    """Length to which the short side is scaled (by Pillow) before the centre crop of image_size. None, for
+    """Length to which the short side is scaled (by Pillow) before the center crop of image_size. None, for
     data sets that are no image files: the central square is scaled to image_size (by torch)."""
     mean: Triple | None = None
-    """Mean of each channel, RGB scaled to [0, 1]: the input is (image - mean) / std. None: not normalised."""
+    """Mean of each channel, RGB scaled to [0, 1]: the input is (image - mean) / std. None: not normalized."""
     std: Triple | None = None
     """Standard deviation of each channel."""
 
@@ -230,6 +230,6 @@ class Deployment(ABC):
 
         Raises:
             DataError: the data set is missing or unreadable.
-            ConfigError: the task's graphs cannot be quantised.
+            ConfigError: the task's graphs cannot be quantized.
         """
         raise ConfigError("int8: got a run of another task; allowed: runs of classification")

@@ -150,7 +150,7 @@ class Update:
     def load_state_dict(self, state: Line) -> None:
         """Restores the state from `state_dict`."""
         self.distiller.load_state_dict(state["learner"])
-        # Hyper-parameters are this run's: the state may come from another device.
+        # Hyperparameters are this run's: the state may come from another device.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         if self.scaler is not None and state["scaler"]:  # {}: saved at another precision

@@ -173,16 +173,16 @@ def test_at_most_eight_rows_are_shown_first(rows_of):
     assert shown == {"student alone", "KD", "DKD", *best}
 
 
-def test_a_method_has_its_colour_on_every_page(rows_of, write_run):
+def test_a_method_has_its_color_on_every_page(rows_of, write_run):
     one = rows_of({"kd": [1.0], "crd": [2.0], "dkd": [3.0]}, teacher=None)
-    colours = {row.method: look.colour for row, look in zip(one.rows, one.looks.values(), strict=True)}
+    colors = {row.method: look.color for row, look in zip(one.rows, one.looks.values(), strict=True)}
     folders = [write_run("x", [5.0], method="dkd"), write_run("y", [6.0], method="dkd", epochs=9)]
     folders += [write_run("z", [7.0], method="crd")]
     other = PageRows.of([load_run(folder) for folder in folders])
     found = [(row.method, look) for row, look in zip(other.rows, other.looks.values(), strict=True)]
-    assert all(look.colour == colours[method] for method, look in found)
-    assert len({(look.colour, look.shape) for _, look in found}) == 3
-    assert len({(look.colour, look.dash) for _, look in found}) == 3
+    assert all(look.color == colors[method] for method, look in found)
+    assert len({(look.color, look.shape) for _, look in found}) == 3
+    assert len({(look.color, look.dash) for _, look in found}) == 3
 
 
 def test_the_measures_of_the_transfer(write_run):

@@ -59,7 +59,7 @@ def loss_of(loss, logits, label):
 def test_cross_entropy_by_its_formula(smoothing, weights, as_rows):
     logits = random(7, CLASSES)
     label = torch.tensor(soft(LABEL)) if as_rows else LABEL
-    found = loss_of(cross_entropy(smoothing, weights=weights, has_unlabelled=True), logits, label)
+    found = loss_of(cross_entropy(smoothing, weights=weights, has_unlabeled=True), logits, label)
     w = np.ones(CLASSES) if weights is None else weights.numpy()
     expected = -(w * soft(LABEL, smoothing) * log_softmax(logits.numpy(), 1)).sum() / 5
     assert found.item() == pytest.approx(expected)
@@ -68,14 +68,14 @@ def test_cross_entropy_by_its_formula(smoothing, weights, as_rows):
 def test_blends_count_by_their_parts_with_a_class():
     logits = random(2, CLASSES)
     rows = torch.tensor([[0.3, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0.0]], dtype=torch.float64)
-    found = loss_of(cross_entropy(has_unlabelled=True), logits, rows)
+    found = loss_of(cross_entropy(has_unlabeled=True), logits, rows)
     expected = -(rows.numpy() * log_softmax(logits.numpy(), 1)).sum() / 1.3
     assert found.item() == pytest.approx(expected)
 
 
 def test_no_image_of_a_batch_has_a_class():
     logits = random(3, CLASSES).requires_grad_()
-    loss = loss_of(cross_entropy(has_unlabelled=True), logits, NO_CLASS.expand(3))
+    loss = loss_of(cross_entropy(has_unlabeled=True), logits, NO_CLASS.expand(3))
     loss.backward()
     assert loss.item() == 0
     assert not logits.grad.any()
@@ -86,7 +86,7 @@ def test_with_a_class_for_each_image_nothing_changes(smoothing):
     logits, label = random(7, CLASSES).float(), LABEL.clamp(min=0)
     plain = loss_of(cross_entropy(smoothing), logits, label)
     assert torch.equal(plain, torch.nn.functional.cross_entropy(logits, label, label_smoothing=smoothing))
-    torch.testing.assert_close(loss_of(cross_entropy(smoothing, has_unlabelled=True), logits, label), plain)
+    torch.testing.assert_close(loss_of(cross_entropy(smoothing, has_unlabeled=True), logits, label), plain)
 
 
 def test_weights_follow_the_module():
@@ -138,15 +138,15 @@ def test_a_process_without_a_batch_has_zeros():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Images whose colour is their class, 12 and 4 of two classes, and 10 without one."""
+    """Images whose color is their class, 12 and 4 of two classes, and 10 without one."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
-    parts = [("train/red", 12), ("train/blue", 4), ("val/red", 6), ("val/blue", 2), ("unlabelled", 10)]
+    parts = [("train/red", 12), ("train/blue", 4), ("val/red", 6), ("val/blue", 2), ("unlabeled", 10)]
     for folder, count in parts:
         (root / folder).mkdir(parents=True)
         for i in range(count):
             pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
-            red = folder.endswith("red") or (folder == "unlabelled" and i % 2)
+            red = folder.endswith("red") or (folder == "unlabeled" and i % 2)
             pixels[:, :, 0 if red else 2] += 150
             Image.fromarray(pixels).save(root / folder / f"{i}.png")
     return root
@@ -223,7 +223,7 @@ def test_distillation_alone(photos, teacher, tmp_path):
     """No training image has a class, and the task loss has no weight."""
     root = tmp_path / "set"
     root.mkdir()
-    for name in ("unlabelled", "val"):
+    for name in ("unlabeled", "val"):
         (root / name).symlink_to(photos / name)
     c = config(
         root,

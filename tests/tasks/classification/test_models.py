@@ -320,7 +320,7 @@ def test_a_run_s_student_comes_back(tmp_path, method):
     found = mdistiller.load_student(done.path)
     assert not found.training
     assert found.state_dict().keys() == load_file(done.path / "student.safetensors").keys()
-    image = Augment(c.augment, splits.mean, splits.std, 4).normalise(splits.test.images)
+    image = Augment(c.augment, splits.mean, splits.std, 4).normalize(splits.test.images)
     with torch.no_grad():
         right = found(image).argmax(1) == splits.test.labels
     assert 100 * right.float().mean().item() == pytest.approx(done.summary["last"]["top1"])

@@ -71,14 +71,14 @@ def student_run(teacher_run, tmp_path_factory):
 
 
 def own_images(given, mean=MEAN, std=STD, size=SIZE):
-    """Images that are normalised for the student, as the teacher should get them."""
+    """Images that are normalized for the student, as the teacher should get them."""
     raw = given.detach().double().numpy().transpose(0, 2, 3, 1) * GIVEN_STD + GIVEN_MEAN
     own = ((raw - mean) / std).transpose(0, 3, 1, 2).astype("f4")
     scaled = [[Image.fromarray(c).resize((size, size), Image.BILINEAR) for c in image] for image in own]
     return torch.tensor(np.array([[np.asarray(c) for c in image] for image in scaled]))
 
 
-def normalised_images():
+def normalized_images():
     """The images of the data by hand."""
     images = load_data(DATA).test.images.double() / 255
     return ((images - torch.tensor(GIVEN_MEAN)) / torch.tensor(GIVEN_STD)).permute(0, 3, 1, 2)
@@ -88,7 +88,7 @@ def logits_by_hand(run, **values):
     model = create_model("resnet14", 4)
     model.load_state_dict(load_file(run / "student.safetensors"))
     with torch.no_grad():
-        return model.eval()(own_images(normalised_images(), **values))
+        return model.eval()(own_images(normalized_images(), **values))
 
 
 def accuracy(logits):
@@ -230,7 +230,7 @@ def test_several_teachers_have_images_each(teacher_run, tmp_path):
     data = load_data(DATA)
     teacher = get_task("classification").build_teacher(config(**fields), data).eval()
     first, second = (member.model for member in teacher.members)
-    images = normalised_images().float()
+    images = normalized_images().float()
     with torch.no_grad():
         small = own_images(images, mean=GIVEN_MEAN, std=GIVEN_STD, size=8)
         expected = (first(own_images(images)) + second(small)) / 2
@@ -315,7 +315,7 @@ def test_a_student_with_the_teachers_classifier_is_built_again(tmp_path, monkeyp
     student = mdistiller.load_student(run.path)
     assert student.size == ((2, 2) if size == 8 else None)
     with torch.no_grad():
-        found = accuracy(student(normalised_images().float()))
+        found = accuracy(student(normalized_images().float()))
     assert found == pytest.approx(run.summary["last"]["top1"])
 
 
@@ -376,6 +376,6 @@ def test_a_detector_prepares_its_images_itself():
     recipe = mdistiller.get_recipe("coco.kd.fasterrcnn_resnet101_resnet18")
     assert isinstance(recipe, RunConfig)
     with pytest.raises(
-        ConfigError, match=r"teacher.mean: a detector normalises and scales its images itself"
+        ConfigError, match=r"teacher.mean: a detector normalizes and scales its images itself"
     ):
         recipe.replace(teacher={"mean": MEAN})

@@ -14,7 +14,7 @@ def _one_thread():
 
 @pytest.fixture
 def squares(tmp_path):
-    """A folder with both splits of a set of coloured squares."""
+    """A folder with both splits of a set of colored squares."""
     write_set(tmp_path, 8)
     write_set(tmp_path, 4, "instances_val.json", seed=1)
     return tmp_path

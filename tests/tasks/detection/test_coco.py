@@ -46,8 +46,8 @@ def test_boxes_labels_and_masks(tmp_path):
         assert mask[y : y + h, x : x + w].all()
         assert mask.sum() == w * h
         if annotation is raw[1]:  # the other may lie under it
-            colour = {2: [220, 30, 30], 5: [30, 220, 30], 9: [30, 30, 220]}[annotation["category_id"]]
-            assert image[:, y + h // 2, x + w // 2].tolist() == colour
+            color = {2: [220, 30, 30], 5: [30, 220, 30], 9: [30, 30, 220]}[annotation["category_id"]]
+            assert image[:, y + h // 2, x + w // 2].tolist() == color
 
 
 def test_masks_of_polygons_and_both_kinds_of_rle(tmp_path):
@@ -342,7 +342,7 @@ def test_images_are_turned_as_their_annotations_are(tmp_path, annotated):
 
 
 def test_scale_jitter_moves_boxes_with_their_pixels():
-    """A white rectangle on grey: the box is that of its pixels, and its side follows the factor."""
+    """A white rectangle on gray: the box is that of its pixels, and its side follows the factor."""
     image = torch.full((3, 60, 100), 128, dtype=torch.uint8)
     image[:, 20:40, 30:70] = 255
     change = train_transform((32, 80), 200, True, (0.5, 2.0))

@@ -99,7 +99,7 @@ def test_a_few_steps_on_images(images, teachers, kind, method):
         for part in (history[:4], history[-6:])
     )
     assert sum(end.values()) < 0.8 * sum(start.values())
-    for name in () if "+" in method else (method,):  # a sum may favour one of its parts
+    for name in () if "+" in method else (method,):  # a sum may favor one of its parts
         if name != "none":
             assert end[name] < 0.8 * start[name], f"{name}: {start[name]} to {end[name]}"
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())

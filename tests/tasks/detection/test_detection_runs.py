@@ -25,14 +25,14 @@ from mdistiller.errors import ConfigError, DataError, Interrupted
 from mdistiller.recipes.describe import differences
 from mdistiller.report import write_report
 from mdistiller.report.markup import markdown_text
-from mdistiller.report.runs import load_run, summarise
+from mdistiller.report.runs import load_run, summarize
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.loggers import hyper_parameters
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.distiller import DetectionTeacher
-from mdistiller.tasks.detection.drawing import class_colour
+from mdistiller.tasks.detection.drawing import class_color
 from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.tasks.detection.methods import default_config
 from mdistiller.training import choose
@@ -596,7 +596,7 @@ def test_compare(runs, data, tmp_path, capsys, monkeypatch):
 def test_the_report(runs, tmp_path):
     folder, _ = runs
     folders = [folder / "teacher", folder / "student"]
-    rows = summarise([load_run(run) for run in folders])
+    rows = summarize([load_run(run) for run in folders])
     assert [row.metric for row in rows] == ["AP", "AP"]
     assert [row.label for row in rows] == ["teacher: wide", "dkd+reviewkd: wide → small"]
     assert rows[1].last.mean == read_metrics(folder / "student")[-1]["last"]["AP"]
@@ -617,7 +617,7 @@ def folder_name(folder):
 
 
 def test_boxes_are_drawn_where_they_are(runs, tmp_path, monkeypatch):
-    """A detector that answers with the truth: the outline of each object has the colour of its class."""
+    """A detector that answers with the truth: the outline of each object has the color of its class."""
     folder, _ = runs
     from mdistiller.tasks.detection import report as part
 
@@ -640,7 +640,7 @@ def test_boxes_are_drawn_where_they_are(runs, tmp_path, monkeypatch):
             shown.images[k].boxes.tolist(), shown.images[k].labels.tolist(), strict=True
         ):
             at = round(scale * y2), round(scale * x1)  # a corner without a label
-            assert tuple(pixels[at]) == class_colour(label - 1)
+            assert tuple(pixels[at]) == class_color(label - 1)
             assert tuple(plain[at]) == (255, 255, 255)
     assert len(pictures) == 2
 
@@ -675,7 +675,7 @@ def test_two_teachers_with_a_method_each(runs, data, tmp_path):
     first, single = (timeless(c.out)[0] for c in (both, alone))
     assert first["fitnet"] > 0
     assert first["pkd"] == pytest.approx(0.5 * single["pkd"], rel=1e-4)  # pkd has no layers
-    with pytest.raises(ValueError, match=r"teacher.image_size: a detector normalises and scales its images"):
+    with pytest.raises(ValueError, match=r"teacher.image_size: a detector normalizes and scales its images"):
         config(data, tmp_path, **distilled(teacher), more_teachers=[{**more, "image_size": 32}])
     with pytest.raises(ValueError, match="more_teachers: cache_taps: this task caches no teacher"):
         config(data, tmp_path, **distilled(teacher), more_teachers=[{**more, "cache_taps": ["stage1"]}])

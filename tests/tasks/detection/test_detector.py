@@ -205,7 +205,7 @@ def test_a_teacher_equal_to_the_student_gives_the_students_outputs():
         torch.testing.assert_close(outputs.features[name], seen.features[name])
 
 
-def test_the_teacher_normalises_its_own_way():
+def test_the_teacher_normalizes_its_own_way():
     _, seen = run(two_stage())
     ordinary, other = (
         two_stage(seed=1),
@@ -213,7 +213,7 @@ def test_the_teacher_normalises_its_own_way():
     )
     images = batch()[0]
     got = taught(other, images, seen, SAME, logits=True)
-    # Images changed such that the ordinary normalisation gives what the other one gives.
+    # Images changed such that the ordinary normalization gives what the other one gives.
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     mine, scale = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([2.0, 3.0, 4.0])
     changed = [

@@ -76,7 +76,7 @@ def stored(path, classes, **more):
 
 def test_a_checkpoint_of_other_classes(data, tmp_path):
     file = tmp_path / "other.safetensors"
-    before, _ = outputs(stored(file, ["grey", "blue", "green", "pink"]))
+    before, _ = outputs(stored(file, ["gray", "blue", "green", "pink"]))
     config = ModelConfig(name="small", checkpoint=file)
     with pytest.warns(UserWarning, match="has no class 'red': their outputs start from small weights"):
         model = build_for_data(config, data, new=True)
@@ -84,13 +84,13 @@ def test_a_checkpoint_of_other_classes(data, tmp_path):
     torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [0, 3, 2]])
     assert after[:, 1].abs().max() < 0.5
     with pytest.raises(
-        ConfigError, match=r"teacher\.checkpoint: .* has no class 'red' of the data; it has grey"
+        ConfigError, match=r"teacher\.checkpoint: .* has no class 'red' of the data; it has gray"
     ):
         build_for_data(config, data, new=False)
 
 
 def test_a_teacher_of_more_classes_and_of_another_order(data, tmp_path):
-    for classes in (["grey", "blue", "red", "green"], ["green", "blue", "red"]):
+    for classes in (["gray", "blue", "red", "green"], ["green", "blue", "red"]):
         file = tmp_path / f"{len(classes)}.safetensors"
         before, _ = outputs(stored(file, classes))
         model = build_for_data(ModelConfig(name="small", checkpoint=file), data, new=False)

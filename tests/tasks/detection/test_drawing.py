@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from mdistiller.tasks.detection.drawing import class_colour, draw_boxes, place_labels
+from mdistiller.tasks.detection.drawing import class_color, draw_boxes, place_labels
 
 
 def test_the_outline_is_where_the_box_is():
@@ -49,7 +49,7 @@ def test_a_label_goes_below_a_box_whose_top_is_taken():
     assert places == [(10, 12), (10, 50), (10, 20)]
 
 
-def test_colours_of_classes_differ():
-    colours = np.array([class_colour(k) for k in range(12)], float)
-    distance = np.abs(colours[:, None] - colours[None]).sum(-1)
+def test_colors_of_classes_differ():
+    colors = np.array([class_color(k) for k in range(12)], float)
+    distance = np.abs(colors[:, None] - colors[None]).sum(-1)
     assert distance[~np.eye(12, dtype=bool)].min() > 30

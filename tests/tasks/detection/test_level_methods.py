@@ -143,7 +143,7 @@ def test_fgd_against_loops():
 
 
 def on_one_level(kind, config, stride, student, teacher, objects=None):
-    """Losses of MGD or FGD on two maps of one stride, without layers that know neighbours."""
+    """Losses of MGD or FGD on two maps of one stride, without layers that know neighbors."""
     torch.manual_seed(0)
     pyramid = Pyramid({"0": Level(stride, student.shape[1])})
     method = kind(config, pyramid, pyramid, DATA._replace(taps=(("0",), ("0",))))

@@ -52,7 +52,7 @@ def test_strides_of_torchvisions_detectors(name, expected):
 
 
 def by_hand(model, images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-    """The levels of a model in evaluation, its images normalised and padded to multiples of 32 here."""
+    """The levels of a model in evaluation, its images normalized and padded to multiples of 32 here."""
     canvas = torch.zeros(len(images), 3, *(-(-max(i.shape[d] for i in images) // 32) * 32 for d in (1, 2)))
     for place, image in zip(canvas, images, strict=True):
         mean_, std_ = (torch.tensor(v)[:, None, None] for v in (mean, std))
@@ -88,7 +88,7 @@ def test_fcos_learns_from_faster_rcnn_at_equal_strides():
 
 
 def test_a_teacher_with_its_own_images():
-    """At twice the size and with another normalisation: two by two cells of its levels for each of ours."""
+    """At twice the size and with another normalization: two by two cells of its levels for each of ours."""
     options = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.1]}
     teacher = two_stage(seed=1, channels=32, min_size=128, max_size=1000, _skip_resize=False, **options)
     distiller = DetectionDistiller(fcos(), teacher, "fitnet").train()
@@ -96,7 +96,7 @@ def test_a_teacher_with_its_own_images():
     _, seen = training_pass(fcos())
     got = taught(teacher, batch()[0], seen, distiller.asked.taps, logits=False).features
     large = [F.interpolate(i[None], scale_factor=2, mode="bilinear")[0] for i in batch()[0]]
-    # Normalisation commutes with scaling.
+    # Normalization commutes with scaling.
     theirs = by_hand(teacher, large, options["image_mean"], options["image_std"])
     for name, size in (("0", (7, 7)), ("1", (3, 3))):  # cells that lie within both images
         assert got[name].shape[2:] == seen.features[name].shape[2:]

@@ -93,10 +93,10 @@ def test_the_losses_by_hand():
         match_queries(queries(0), queries(0, classes=2))
 
 
-def places(centre, size, bins=9):
+def places(center, size, bins=9):
     """Left, top, right and bottom of a box, nearer and farther: rising for the last two."""
     away = np.linspace(-0.3, 0.9, bins) * size / 2
-    return torch.tensor(np.stack([centre - away, centre - away, centre + away, centre + away]))[None]
+    return torch.tensor(np.stack([center - away, center - away, center + away, center + away]))[None]
 
 
 def test_ld_of_equal_places_is_the_divergence_of_the_softened_distributions():

@@ -28,7 +28,7 @@ KINDS = pytest.mark.parametrize("kind", TINY)
 
 
 def labels_by_hand(images, targets):
-    """Classes from 0; centres and sizes as fractions of the image."""
+    """Classes from 0; centers and sizes as fractions of the image."""
     x1, y1, x2, y2 = targets[0]["boxes"].numpy().T
     height, width = images[0].shape[1:]
     boxes = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]

@@ -161,10 +161,10 @@ def batch(masks=False, seed=0):
 
 
 def write_set(folder, count=6, name="instances_train.json", seed=0, change=None):
-    """Squares of one of three colours on grey, each colour a category; masks as polygons and both RLEs."""
+    """Squares of one of three colors on gray, each color a category; masks as polygons and both RLEs."""
     generator = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    colours = [(220, 30, 30), (30, 220, 30), (30, 30, 220)]
+    colors = [(220, 30, 30), (30, 220, 30), (30, 30, 220)]
     images, annotations = [], []
     for i in range(count):
         height, width = (64, 80) if i % 2 else (80, 64)
@@ -172,7 +172,7 @@ def write_set(folder, count=6, name="instances_train.json", seed=0, change=None)
         for _ in range(2):
             kind, side = int(generator.integers(3)), int(generator.integers(16, 40))
             x, y = (int(generator.integers(0, limit - side)) for limit in (width, height))
-            pixels[y : y + side, x : x + side] = colours[kind]
+            pixels[y : y + side, x : x + side] = colors[kind]
             annotations.append(
                 {
                     "id": len(annotations) + 1,

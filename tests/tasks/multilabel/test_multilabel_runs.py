@@ -252,9 +252,9 @@ def test_images_without_labels(root, teacher, tmp_path):
     folder.mkdir()
     for path in root.iterdir():
         (folder / path.name).symlink_to(path)
-    (folder / "unlabelled").mkdir()
+    (folder / "unlabeled").mkdir()
     for i in range(9):
-        (folder / "unlabelled" / f"{i}.png").symlink_to(root / f"val{i}.png")
+        (folder / "unlabeled" / f"{i}.png").symlink_to(root / f"val{i}.png")
     c = config(folder, teacher=ModelConfig(name="resnet8", checkpoint=teacher), method="binary_kd")
     train(c.replace(out=tmp_path / "run"))
     steps = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
@@ -368,5 +368,5 @@ def test_the_report_has_average_precisions_of_classes(root, teacher, tmp_path):
         assert lines[name] == pytest.approx(value, abs=1e-2)
     assert "Average precision of each class" in text
     for absent in ("features", "missing"):
-        assert f'<section aria-labelledby="{absent}">' not in text
-    assert '<section aria-labelledby="correlation">' in text
+        assert f'<section aria-labeledby="{absent}">' not in text
+    assert '<section aria-labeledby="correlation">' in text

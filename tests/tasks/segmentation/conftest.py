@@ -14,7 +14,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory):
-    """A folder with both splits of a set of coloured squares."""
+    """A folder with both splits of a set of colored squares."""
     root = tmp_path_factory.mktemp("squares")
     write_squares(root, "train", 8)
     write_squares(root, "val", 4, seed=1)

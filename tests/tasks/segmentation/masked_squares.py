@@ -1,4 +1,4 @@
-"""Small images of coloured squares with masks, in VOC's layout, and runs on them."""
+"""Small images of colored squares with masks, in VOC's layout, and runs on them."""
 
 import numpy as np
 from PIL import Image

@@ -223,7 +223,7 @@ def test_batches_are_the_same_from_any_step_and_for_any_workers(squares):
             assert torch.equal(y, whole[int(i)][1])
 
 
-def test_colours_are_vocs():
+def test_colors_are_vocs():
     assert palette(4).tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
     assert palette(22)[[20, 21]].tolist() == [[0, 64, 128], [128, 64, 128]]
     assert len({tuple(c) for c in palette(256)}) == 256
@@ -268,7 +268,7 @@ def test_masks_that_are_wrong(tmp_path):
     errors = (
         r"train0.png: a pixel has the value 9; allowed are the classes 0 to 2, and 255.*classes.txt",
         "train1.png has 72 x 55 pixels; its image has 72 x 56",
-        r"train2.png has the mode RGB; allowed are palette \(P\) and 8-bit grey",
+        r"train2.png has the mode RGB; allowed are palette \(P\) and 8-bit gray",
         "train3.png cannot be read",
     )
     for i, text in enumerate(errors):

@@ -135,7 +135,7 @@ def test_no_pixel_has_a_class():
     assert pixel_cross_entropy(student, label).item() == 0
 
 
-def test_rows_are_pixels_and_labels_are_picked_at_their_centres():
+def test_rows_are_pixels_and_labels_are_picked_at_their_centers():
     student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 8, 10)
     label = torch.arange(2 * 8 * 10).reshape(2, 8, 10)
     s, t, y = pixel_rows(student, teacher, label)

@@ -175,9 +175,9 @@ def test_compare(runs, teacher, capsys):
     assert "Table of accuracy and cost" in write_report([runs / "kd"], runs / "page.html").read_text()
 
 
-def test_the_report_has_coloured_masks(runs, squares, tmp_path):
+def test_the_report_has_colored_masks(runs, squares, tmp_path):
     page = write_report([runs / "alone", runs / "kd"], tmp_path / "report.html", images=1).read_text()
-    section = page[page.index('aria-labelledby="masks"') :]
+    section = page[page.index('aria-labeledby="masks"') :]
     section = section[: section.index("</section>")]
     pictures = re.findall(r'<img src="data:image/(?:png|jpeg);base64,([^"]+)" alt="([^"]*)"', section)
     assert len(pictures) == 4

@@ -1,4 +1,4 @@
-"""Layers and initialisations shared by the CIFAR models."""
+"""Layers and initializations shared by the CIFAR models."""
 
 from collections.abc import Callable
 

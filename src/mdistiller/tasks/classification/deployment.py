@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data
 from mdistiller.data.dataset import Triple, resize_images
-from mdistiller.data.decoder import centre_crop
+from mdistiller.data.decoder import center_crop
 from mdistiller.data.loader import PlainBatches
 from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -48,7 +48,7 @@ class _Output(nn.Module):
 
 
 class ClassifierDeployment(Deployment):
-    """Graphs from normalised images, float32 [B, 3, S, S], to logits [B, classes]."""
+    """Graphs from normalized images, float32 [B, 3, S, S], to logits [B, classes]."""
 
     outputs = ("logits",)
     predictions = "classes"
@@ -91,10 +91,10 @@ class ClassifierDeployment(Deployment):
         size, mean, std = _form(fields)
         geometry = f"central square scaled to {size}"
         if fields.resize is not None:
-            geometry = f"short side scaled to {fields.resize}, centre crop of {size}"
+            geometry = f"short side scaled to {fields.resize}, center crop of {size}"
         return {
             "input": f"RGB, {geometry} (bilinear, antialiased), float32 [B, 3, {size}, {size}]",
-            "normalisation": f"scaled to [0, 1], less mean {list(mean)}, over std {list(std)}",
+            "normalization": f"scaled to [0, 1], less mean {list(mean)}, over std {list(std)}",
             "output": f"logits [B, {len(fields.classes)}]",
         }
 
@@ -112,10 +112,10 @@ image = image.crop((left, top, left + {size}, top + {size}))
         size, mean, std = _form(fields)
         if fields.resize is None:
             side = min(image.size)
-            pixels = resize_images(centre_crop(image, side, side)[None], size)[0]
+            pixels = resize_images(center_crop(image, side, side)[None], size)[0]
         else:
-            pixels = centre_crop(image, fields.resize, size)
-        return Augment(AugmentConfig(), mean, std, 0).normalise(pixels)
+            pixels = center_crop(image, fields.resize, size)
+        return Augment(AugmentConfig(), mean, std, 0).normalize(pixels)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Returns the probability of each class, from logits [B, classes]."""
@@ -139,7 +139,7 @@ image = image.crop((left, top, left + {size}, top + {size}))
 
     def load_test_set(self, config: RunConfig) -> Splits:
         assert isinstance(config, ClassificationConfig)
-        return load_data(config.data.replace(train_limit=1, label_noise=0.0, unlabelled=None))
+        return load_data(config.data.replace(train_limit=1, label_noise=0.0, unlabeled=None))
 
     def evaluate(
         self, models: Sequence[Model], config: RunConfig, data: Splits, device: torch.device
@@ -168,7 +168,7 @@ image = image.crop((left, top, left + {size}, top + {size}))
         assert isinstance(config, ClassificationConfig)
         data = config.data
         splits = load_data(
-            data.replace(train_limit=min(count, data.train_limit or count), label_noise=0.0, unlabelled=None)
+            data.replace(train_limit=min(count, data.train_limit or count), label_noise=0.0, unlabeled=None)
         )
         batches = PlainBatches(splits.train, splits, count, workers=data.workers, device="cpu")
         return torch.cat([batch.image for batch in batches])

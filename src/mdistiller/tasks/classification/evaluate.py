@@ -51,7 +51,7 @@ def evaluate(
     by_class: accuracy of each class in percent, NaN for those without a test image.
 
     The model returns logits [B, classes]; it runs in evaluation mode and is put back into its own. `batches`
-    is this process's share of the test set, normalised, such as `PlainBatches`. `num_classes` is needed by a
+    is this process's share of the test set, normalized, such as `PlainBatches`. `num_classes` is needed by a
     process that has no batch.
     """
     dtype = sum_dtype(world.device)

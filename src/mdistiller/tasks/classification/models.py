@@ -24,7 +24,7 @@ from mdistiller.models.external import (
 from mdistiller.models.layers import classifier_paths
 from mdistiller.models.own_input import OwnInput, with_own_input, without_own_input
 from mdistiller.models.registry import check_model_name
-from mdistiller.models.weights import find_weights, initialise_classifier, read_metadata
+from mdistiller.models.weights import find_weights, initialize_classifier, read_metadata
 from mdistiller.settings import explain
 from mdistiller.stored import STORED, StoredTeacher
 from mdistiller.taps import logits_if_any, logits_of, probe
@@ -69,7 +69,7 @@ def build_model(config: ModelConfig, num_classes: int, *, new_classifier: bool =
     if config.checkpoint is None:
         model = create_model(config.name, num_classes=num_classes, **config.options)
         if pretrained_classes(model, config.options) not in (None, num_classes):
-            initialise_classifier(model, classifier_paths(model))
+            initialize_classifier(model, classifier_paths(model))
         return model
     model = create_stored(config, num_classes)
     load_weights(model, config.checkpoint, config.name, new_classifier=new_classifier)
@@ -267,17 +267,17 @@ def check_labels(method: Method, labels: Tensor) -> None:
     Raises:
         ConfigError: it reads the labels, and either no image has a class or it cannot skip those without.
     """
-    unlabelled = labels == IGNORED
-    if not unlabelled.any() or not method.needs.labels:
+    unlabeled = labels == IGNORED
+    if not unlabeled.any() or not method.needs.labels:
         return
     name = method.config.method_name
-    if unlabelled.all():
+    if unlabeled.all():
         raise ConfigError(
             f"method {name!r} reads the labels, and no training image has a class; allowed are methods that "
             "do not, such as 'kd'"
         )
     if method.needs.every_label:
         raise ConfigError(
-            f"method {name!r} needs the class of every training image, and {int(unlabelled.sum()):,} have "
+            f"method {name!r} needs the class of every training image, and {int(unlabeled.sum()):,} have "
             "none; allowed are methods that skip them, such as 'dkd', or that read no labels, such as 'kd'"
         )

@@ -75,7 +75,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
                 "'validation', and afterwards mdistiller eval RUN --data.eval-split test"
             )
         distils = config.has_teacher or config.learns_from_average
-        splits = load_data(config.data, pick_device(config.device), unlabelled=distils)
+        splits = load_data(config.data, pick_device(config.device), unlabeled=distils)
         self.check_kind(splits)
         return splits
 
@@ -186,8 +186,8 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
     def task_loss(self, config: ClassificationConfig, data: Splits) -> TaskLoss:
         labels = data.train.labels
         weights = balanced_weights(labels, data.num_classes) if config.class_weights == "balanced" else None
-        has_unlabelled = bool((labels == IGNORED).any())
-        return cross_entropy(config.label_smoothing, weights=weights, has_unlabelled=has_unlabelled)
+        has_unlabeled = bool((labels == IGNORED).any())
+        return cross_entropy(config.label_smoothing, weights=weights, has_unlabeled=has_unlabeled)
 
     def make_batches(self, config: ClassificationConfig, data: Splits, world: World) -> ImageBatches:
         return ImageBatches(config, data, world)
@@ -240,7 +240,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         # A wrong name or option must not wait for the data, or for their download.
         assert model.checkpoint is not None
         models.create_stored(model, 2)
-        splits = load_data(config.data.replace(train_limit=1, label_noise=0.0, unlabelled=None), world.device)
+        splits = load_data(config.data.replace(train_limit=1, label_noise=0.0, unlabeled=None), world.device)
         self.check_kind(splits)
         network = models.build_model(model, splits.num_classes).to(world.device)
         models.order_classes(network, model.checkpoint, splits)

@@ -87,7 +87,7 @@ class DetectorAdapter(ABC):
 
     query_taps: tuple[str, ...] = ()
     """Names of a set's predictions, of L layers and Q queries: `queries.logits` [B, L, Q, C], the log odds of
-    each class, and `queries.boxes` [B, L, Q, 4], centres and sizes as fractions of the image. With
+    each class, and `queries.boxes` [B, L, Q, 4], centers and sizes as fractions of the image. With
     distributions over the sides of a box also `queries.sides` [B, L, Q, 4, bins], logits for left, top, right
     and bottom, and `queries.places`, of that shape, each bin's coordinate as a fraction of the image."""
 
@@ -123,7 +123,7 @@ class DetectorAdapter(ABC):
 
     @abstractmethod
     def prepare(self, images: list[Tensor]) -> "ImageList":
-        """Normalises, scales and pads images as in evaluation."""
+        """Normalizes, scales and pads images as in evaluation."""
 
     @abstractmethod
     def features(self, images: "ImageList") -> dict[str, Tensor]:

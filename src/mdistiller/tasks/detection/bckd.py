@@ -70,7 +70,7 @@ def bckd_box_loss(
     Raises:
         ConfigError: logits of different shapes or not [n, C].
 
-    Source: Yang et al., ICCV 2023, IoU-based localisation distillation loss, with the generalised IoU of the
+    Source: Yang et al., ICCV 2023, IoU-based localisation distillation loss, with the generalized IoU of the
     authors' code.
     """
     check_shapes(student_logits, teacher_logits, "n, C", "student and teacher logits")
@@ -88,7 +88,7 @@ def weighted_box_loss(boxes: Tensor, targets: Tensor, weight: Tensor, count: Ten
 
 
 class BCKDConfig(MethodConfig):
-    """Hyper-parameters of BCKD; the defaults are the authors'."""
+    """Hyperparameters of BCKD; the defaults are the authors'."""
 
     own_name = "bckd"
 

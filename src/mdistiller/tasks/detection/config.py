@@ -82,7 +82,7 @@ class DetectionConfig(DenseConfig):
         "AP", "%", "Average precision", "test AP (COCO's mean over overlaps of 0.5 to 0.95)", "test AP"
     )
     check_name: ClassVar = staticmethod(check_detector)
-    teacher_images = "a detector normalises and scales its images itself, by the options of its model"
+    teacher_images = "a detector normalizes and scales its images itself, by the options of its model"
     refused = {  # noqa: RUF012
         "probe_epochs": (0, "a detector has no classifier to train alone"),
         "gradient_checkpointing": (False, "a detector has no known blocks"),

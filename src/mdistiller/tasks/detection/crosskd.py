@@ -42,7 +42,7 @@ def crosskd_box_loss(
 
 
 class CrossKDConfig(MethodConfig):
-    """Hyper-parameters of CrossKD. Those that are None are the authors' for the kind of the student."""
+    """Hyperparameters of CrossKD. Those that are None are the authors' for the kind of the student."""
 
     own_name = "crosskd"
 

@@ -12,7 +12,7 @@ from mdistiller.types import Batch, Outputs
 
 
 class CWDConfig(FeatureConfig):
-    """Hyper-parameters of CWD for detectors; the defaults are those of mmrazor."""
+    """Hyperparameters of CWD for detectors; the defaults are those of mmrazor."""
 
     own_name = "cwd"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.tasks.detection.coco import DetectionSet
 from mdistiller.tasks.detection.config import DetectionConfig
-from mdistiller.tasks.detection.drawing import class_colour, draw_boxes
+from mdistiller.tasks.detection.drawing import class_color, draw_boxes
 from mdistiller.tasks.detection.evaluate import DetectionEvaluator
 from mdistiller.tasks.detection.layouts import load_split
 from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
@@ -139,8 +139,8 @@ for box, label, score in zip(boxes, labels, scores):
         (boxes,) = self.predict(model, fields, [self.prepare(fields, image)], top)
         boxes = [box for box in boxes if box.score >= min_score]
         texts = [f"{box.label} {box.score:.2f}" for box in boxes]
-        colours = [class_colour(fields.classes.index(box.label)) for box in boxes]
-        return draw_boxes(image, [box[2:] for box in boxes], texts, colours), boxes
+        colors = [class_color(fields.classes.index(box.label)) for box in boxes]
+        return draw_boxes(image, [box[2:] for box in boxes], texts, colors), boxes
 
     def example(
         self, fields: ModelInput, count: int, data: DenseSplits[DetectionSet] | None

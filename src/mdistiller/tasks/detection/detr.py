@@ -237,8 +237,8 @@ class DetrAdapter(DetectorAdapter):
         found = []
         for x, (stride, _) in zip(maps.values(), self.levels.values(), strict=True):
             rows, columns = ((torch.arange(n, device=x.device) + 0.5) * stride for n in x.shape[2:])
-            centres = torch.cartesian_prod(rows, columns).flip(1)
-            found.append(torch.cat([centres - 2 * stride, centres + 2 * stride], 1))
+            centers = torch.cartesian_prod(rows, columns).flip(1)
+            found.append(torch.cat([centers - 2 * stride, centers + 2 * stride], 1))
         return torch.cat(found)
 
 
@@ -279,7 +279,7 @@ def create_detr(kind: str, num_classes: int, **options: Any) -> Detr:
 
 
 def _corners(boxes: Tensor, height: Any, width: Any) -> Tensor:
-    """Converts boxes of centres and sizes, fractions of an image, to corners in pixels."""
+    """Converts boxes of centers and sizes, fractions of an image, to corners in pixels."""
     from torchvision.ops import box_convert
 
     edges = zip(box_convert(boxes, "cxcywh", "xyxy").unbind(1), (width, height) * 2, strict=True)
@@ -289,8 +289,8 @@ def _corners(boxes: Tensor, height: Any, width: Any) -> Tensor:
 def _weights(length: Any, size: Any, like: Tensor) -> Tensor:
     """Returns the matrix [size, length] that scales a side bilinearly, with antialiasing."""
     scale = length / size if isinstance(length, int) else length.to(like) / size
-    centres = (torch.arange(size, device=like.device).to(like) + 0.5) * scale
-    distance = (torch.arange(length, device=like.device).to(like) + 0.5)[None] - centres[:, None]
+    centers = (torch.arange(size, device=like.device).to(like) + 0.5) * scale
+    distance = (torch.arange(length, device=like.device).to(like) + 0.5)[None] - centers[:, None]
     support = torch.clamp(torch.as_tensor(scale, device=like.device), min=1.0)
     weights = (1 - distance.abs() / support).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)

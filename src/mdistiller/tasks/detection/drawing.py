@@ -49,8 +49,8 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def class_colour(number: int) -> tuple[int, int, int]:
-    """Returns the colour of a class, whose hue is far from those of the classes before it."""
+def class_color(number: int) -> tuple[int, int, int]:
+    """Returns the color of a class, whose hue is far from those of the classes before it."""
     red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.85, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
@@ -59,7 +59,7 @@ def draw_boxes(
     image: Image.Image,
     boxes: Sequence[Sequence[float]],
     texts: Sequence[str],
-    colours: Sequence[tuple[int, int, int]],
+    colors: Sequence[tuple[int, int, int]],
 ) -> Image.Image:
     """Returns a copy of an RGB image with boxes and their texts.
 
@@ -74,14 +74,14 @@ def draw_boxes(
     short = min(image.size)
     line, size = max(1, round(short / 250)), min(max(9, short // 32), 28)
     font = ImageFont.load_default(size)
-    for (x1, y1, x2, y2), colour in reversed(list(zip(boxes, colours, strict=True))):
-        canvas.rectangle((min(x1, x2), min(y1, y2), x2, y2), outline=colour, width=line)
+    for (x1, y1, x2, y2), color in reversed(list(zip(boxes, colors, strict=True))):
+        canvas.rectangle((min(x1, x2), min(y1, y2), x2, y2), outline=color, width=line)
     widths = [canvas.textlength(text, font) + 4 for text in texts]
     places = place_labels(boxes, widths, size + 4, image.size)
-    for text, width, place, colour in zip(texts, widths, places, colours, strict=True):
+    for text, width, place, color in zip(texts, widths, places, colors, strict=True):
         if text and place is not None:
             x, y = place
-            canvas.rectangle((x, y, x + width, y + size + 4), fill=colour)
-            bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+            canvas.rectangle((x, y, x + width, y + size + 4), fill=color)
+            bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
             canvas.text((x + 2, y + 1), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font)
     return drawn

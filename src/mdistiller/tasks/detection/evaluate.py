@@ -150,7 +150,7 @@ def _evaluate(results: Sequence[Annotation], images: DetectionSet, kind: str) ->
 
 
 def _accumulate(results: Sequence[Annotation], images: DetectionSet, kind: str) -> "COCOeval":
-    """Returns the evaluation of results, summarised."""
+    """Returns the evaluation of results, summarized."""
     # pycocotools prints, and standard output is for results.
     with contextlib.redirect_stdout(io.StringIO()):
         # pycocotools writes into the annotations.

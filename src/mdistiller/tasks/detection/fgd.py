@@ -100,7 +100,7 @@ _NAMES = ("object_weight", "background_weight", "attention_weight", "context_wei
 
 
 class FGDConfig(FeatureConfig):
-    """Hyper-parameters of FGD. Those that are None are the authors' for the kind of the student."""
+    """Hyperparameters of FGD. Those that are None are the authors' for the kind of the student."""
 
     own_name = "fgd"
 

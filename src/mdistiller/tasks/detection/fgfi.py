@@ -53,7 +53,7 @@ def fgfi_loss(
 
 
 class FGFIConfig(FeatureConfig):
-    """Hyper-parameters of FGFI."""
+    """Hyperparameters of FGFI."""
 
     own_name = "fgfi"
 

@@ -40,7 +40,7 @@ def mgd_loss(
 
 
 class MGDConfig(FeatureConfig):
-    """Hyper-parameters of MGD. Those that are None are the authors' for the kind of the student."""
+    """Hyperparameters of MGD. Those that are None are the authors' for the kind of the student."""
 
     own_name = "mgd"
 

@@ -1,6 +1,6 @@
 r"""Distillation by Pearson correlation (Cao, Zhang, Gao, Cheng, Cheng, Li: NeurIPS 2022, arXiv 2207.02039).
 
-Each channel of a level is standardised over batch and positions in student and teacher, so that the loss does
+Each channel of a level is standardized over batch and positions in student and teacher, so that the loss does
 not depend on the sizes of their activations: detectors of different kinds may teach each other.
 """
 
@@ -21,7 +21,7 @@ def pkd_loss(
     r"""Computes one minus the correlation of two maps, the mean over channels: $1 - \frac{1}{C}\sum_c r_c$.
 
     $r_c$ is Pearson's correlation of channel c over batch and positions, so the loss is half the mean squared
-    error of the standardised maps. A constant channel counts as uncorrelated, with the loss 1/2.
+    error of the standardized maps. A constant channel counts as uncorrelated, with the loss 1/2.
 
     Args:
         student_features: a level, [B, C, h, w].
@@ -36,17 +36,17 @@ def pkd_loss(
     Source: Cao et al., NeurIPS 2022, equations 2 to 5.
     """
     check_shapes(student_features, teacher_features, "B, C, H, W")
-    return (_standardise(student_features) - _standardise(teacher_features)).square().mean() / 2
+    return (_standardize(student_features) - _standardize(teacher_features)).square().mean() / 2
 
 
-def _standardise(feature: Tensor) -> Tensor:
+def _standardize(feature: Tensor) -> Tensor:
     feature = promote(feature)
     variance, mean = torch.var_mean(feature, dim=(0, 2, 3), keepdim=True, correction=0)
     return (feature - mean) / (variance + 1e-12).sqrt()
 
 
 class PKDConfig(FeatureConfig):
-    """Hyper-parameters of PKD."""
+    """Hyperparameters of PKD."""
 
     own_name = "pkd"
 

@@ -25,7 +25,7 @@ def match_queries(
     The cost of a pair is that of `detrdistill_loss`: classes, L1 and generalized overlap.
 
     Args:
-        student: logits [B, Q, C] and boxes [B, Q, 4], centres and sizes as fractions of the image.
+        student: logits [B, Q, C] and boxes [B, Q, 4], centers and sizes as fractions of the image.
         teacher: the same, with queries of any number.
 
     Returns:
@@ -69,7 +69,7 @@ def detrdistill_loss(
     Args:
         student_logits: before a sigmoid for each class, [n, C].
         teacher_logits: of the same shape.
-        student_boxes: centres and sizes as fractions of the image, [n, 4].
+        student_boxes: centers and sizes as fractions of the image, [n, 4].
         teacher_boxes: of the same shape.
 
     Returns:
@@ -142,7 +142,7 @@ class QueryMethod(Method):
 
 
 class DETRDistillConfig(MethodConfig):
-    """Hyper-parameters of DETRDistill's distillation of logits; the defaults are the authors'."""
+    """Hyperparameters of DETRDistill's distillation of logits; the defaults are the authors'."""
 
     own_name = "detrdistill"
 
@@ -183,7 +183,7 @@ class DETRDistill(QueryMethod):
 
 
 class LDConfig(MethodConfig):
-    """Hyper-parameters of localization distillation; the defaults are the authors'."""
+    """Hyperparameters of localization distillation; the defaults are the authors'."""
 
     own_name = "ld"
 

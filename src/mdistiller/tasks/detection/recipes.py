@@ -98,7 +98,7 @@ class DetectionFamily(BackboneFamily):
 
 
 def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
-    """Sets the published hyper-parameters of a pair; Faster R-CNN's serve for all but Mask R-CNN."""
+    """Sets the published hyperparameters of a pair; Faster R-CNN's serve for all but Mask R-CNN."""
     architecture, _, backbone = student.partition("_")
     kind = architecture if architecture == "maskrcnn" else "fasterrcnn"
     first = teacher.partition("_")[2] if teacher.startswith(f"{architecture}_") else teacher
@@ -112,7 +112,7 @@ def tune(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
 
 
 def tune_small(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
-    """Sets the published hyper-parameters, and measures the weight of FitNet, of which none is published."""
+    """Sets the published hyperparameters, and measures the weight of FitNet, of which none is published."""
 
     def change(part: MethodConfig) -> MethodConfig:
         return measure(part, teacher) if part.method_name == "fitnet" else part

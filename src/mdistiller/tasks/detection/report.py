@@ -23,7 +23,7 @@ from mdistiller.report.sections import (
 )
 from mdistiller.tasks.detection.coco import DetectionSet
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.drawing import class_colour, draw_boxes
+from mdistiller.tasks.detection.drawing import class_color, draw_boxes
 from mdistiller.tasks.detection.evaluate import average_precision, world_results
 from mdistiller.tasks.detection.layouts import load_split
 from mdistiller.tasks.detection.listing import Annotation
@@ -111,8 +111,8 @@ def _drawing(
     own.sort(key=lambda r: -r["score"])
     corners = [[scale * v for v in (x, y, x + w, y + h)] for x, y, w, h in (r["bbox"] for r in own)]
     texts = [f"{names[r['category_id']][1]} {r['score']:.2f}" for r in own]
-    colours = [class_colour(names[r["category_id"]][0] - 1) for r in own]
-    drawn = draw_boxes(photograph, corners, texts, colours)
+    colors = [class_color(names[r["category_id"]][0] - 1) for r in own]
+    drawn = draw_boxes(photograph, corners, texts, colors)
     by_label = dict(names.values())
     true = ", ".join(by_label[number] for number in record.labels.tolist()) or "none"
     alt = f"{record.path.name}, {label}: predicted {', '.join(texts) or 'nothing'}; true objects: {true}"

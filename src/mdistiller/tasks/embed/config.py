@@ -17,7 +17,7 @@ from mdistiller.types import Line, Metric
 class EmbedData(DataConfig):
     """Images without labels: those of any folder, of a list, or of any data set."""
 
-    labelled: ClassVar[bool] = False
+    labeled: ClassVar[bool] = False
 
     probe: Path | None = None
     """Labeled images to measure embeddings on, in a form of kind folder: accuracy of nearest neighbors and of

@@ -9,7 +9,7 @@ from mdistiller.training.deployment import Deployment, Model, ModelInput
 
 
 class EmbedDeployment(ClassifierDeployment):
-    """Graphs from normalised images, float32 [B, 3, S, S], to embeddings [B, D]."""
+    """Graphs from normalized images, float32 [B, 3, S, S], to embeddings [B, D]."""
 
     outputs = ("embedding",)
     hub_task = "image-feature-extraction"

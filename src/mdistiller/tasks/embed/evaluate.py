@@ -96,7 +96,7 @@ def load_probe(config: EmbedConfig, data: Splits, device: torch.device) -> Split
     fields |= {"root": root, "val_fraction": None if root.is_dir() and subfolder(root, TRAIN) else 0.2}
     fields |= config.data.model_dump(include={"resize", "workers", "memory"})
     try:
-        return load_data(DataConfig(kind="folder", **fields), device, unlabelled=False)
+        return load_data(DataConfig(kind="folder", **fields), device, unlabeled=False)
     except DataError as error:
         raise DataError(f"data.probe: {error}") from error
 

@@ -26,7 +26,7 @@ def embed(model: str) -> EmbedConfig:
 class EmbedFamily(Family):
     """Recipes without labels, with the methods that suit those."""
 
-    labelled = False
+    labeled = False
 
     def methods(self) -> list[str]:
         return [name for name in super().methods() if suits(get_method(name))]

@@ -66,7 +66,7 @@ def cirkd_loss(
 
 
 class CIRKDConfig(FeatureConfig):
-    """Hyper-parameters of CIRKD's pixel-to-pixel term; the defaults are the authors'."""
+    """Hyperparameters of CIRKD's pixel-to-pixel term; the defaults are the authors'."""
 
     own_name = "cirkd"
 

@@ -13,7 +13,7 @@ from mdistiller.types import Batch, DataInfo, Outputs
 
 
 class CWDConfig(FeatureConfig):
-    """Hyper-parameters of CWD; the defaults are the paper's for logits."""
+    """Hyperparameters of CWD; the defaults are the paper's for logits."""
 
     own_name = "cwd"
 

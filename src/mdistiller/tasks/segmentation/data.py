@@ -322,7 +322,7 @@ def _read_mask(path: Path) -> Mask:
         raise DataError(f"mask {path} cannot be read: {error}") from error
     if mode not in ("P", "L"):
         raise DataError(
-            f"mask {path} has the mode {mode}; allowed are palette (P) and 8-bit grey (L), whose values are "
+            f"mask {path} has the mode {mode}; allowed are palette (P) and 8-bit gray (L), whose values are "
             "class ids"
         )
     return values
@@ -362,10 +362,10 @@ def _objects(config: SegmentationDataConfig, split: Split) -> ObjectMasks:
 
 
 def palette(count: int) -> npt.NDArray[np.uint8]:
-    """Returns a colour for each class id, [count, 3], of VOC's palette: the bits of the id, mixed."""
+    """Returns a color for each class id, [count, 3], of VOC's palette: the bits of the id, mixed."""
     ids = np.arange(count)
-    colours = np.zeros((count, 3), np.uint8)
+    colors = np.zeros((count, 3), np.uint8)
     for bit in range(8):  # every third bit of the id belongs to one channel
         for channel in range(3):
-            colours[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
+            colors[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colors

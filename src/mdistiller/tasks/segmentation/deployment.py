@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.tasks.segmentation.data import SegmentationSet, load_split, palette
 from mdistiller.tasks.segmentation.evaluate import SegmentationEvaluator, classify
-from mdistiller.tasks.segmentation.loader import normalise, scaled, to_tensor
+from mdistiller.tasks.segmentation.loader import normalize, scaled, to_tensor
 from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
 from mdistiller.training.deployment import Format, Model, ModelInput, ModuleOf, normalize_code, write_program
 from mdistiller.types import Line
@@ -28,7 +28,7 @@ class Share(NamedTuple):
 
 
 class SegmenterDeployment(DenseDeployment):
-    """Graphs from normalised images of any size, float32 [B, 3, H, W], to logits [B, classes, H, W]."""
+    """Graphs from normalized images of any size, float32 [B, 3, H, W], to logits [B, classes, H, W]."""
 
     outputs = ("logits",)
     hub_task = "image-segmentation"
@@ -64,7 +64,7 @@ class SegmenterDeployment(DenseDeployment):
         size = "any size" if fields.resize is None else f"short side scaled to {fields.resize}"
         return {
             "input": f"RGB, {size}, float32 [B, 3, H, W]",
-            "normalisation": f"scaled to [0, 1], less mean {list(fields.mean)}, over std {list(fields.std)}",
+            "normalization": f"scaled to [0, 1], less mean {list(fields.mean)}, over std {list(fields.std)}",
             "output": f"logits [B, {len(fields.classes)}, H, W]; the class of a pixel has the largest one",
         }
 
@@ -85,7 +85,7 @@ for index in np.unique(mask):
     def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
         assert fields.mean is not None
         assert fields.std is not None
-        return normalise(to_tensor(scaled(image, fields.resize)), fields.mean, fields.std)
+        return normalize(to_tensor(scaled(image, fields.resize)), fields.mean, fields.std)
 
     def predict(self, model: Model, fields: ModelInput, images: list[Tensor], top: int) -> list[list[Share]]:
         masks = [classify(model(image[None])[0], tuple(image.shape[1:]))[0] for image in images]

@@ -35,7 +35,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def normalise(images: Tensor, mean: Triple, std: Triple) -> Tensor:
+def normalize(images: Tensor, mean: Triple, std: Triple) -> Tensor:
     """Scales uint8 [..., 3, H, W] to [0, 1], subtracts mean, divides by std: float32."""
     first, second = (torch.tensor(x, device=images.device)[:, None, None] for x in (mean, std))
     return (images.float() / 255 - first) / second
@@ -47,7 +47,7 @@ def change(
     """Scales image and mask by a random factor, crops them at random, and mirrors half of them.
 
     Where the scaled image is smaller than the crop, it is padded at the bottom and right: the image with the
-    colour `fill`, the mask with ignored pixels.
+    color `fill`, the mask with ignored pixels.
 
     Args:
         image: RGB image.
@@ -105,7 +105,7 @@ class SegmentationLoader(WorkerLoader[list[tuple[Tensor, Tensor]]]):
         images: the set.
         batch_size: images per batch on this rank.
         augment: sizes and random changes.
-        mean, std: of each colour channel, for images scaled to [0, 1].
+        mean, std: of each color channel, for images scaled to [0, 1].
         training: change images at random; otherwise they are those of evaluation.
         layout: memory format of training images.
         workers: processes that read; 0 for this one.
@@ -141,12 +141,12 @@ class SegmentationLoader(WorkerLoader[list[tuple[Tensor, Tensor]]]):
         """
         for samples, position, _ in self._parts(epoch, first):
             images, masks = zip(*samples, strict=True)
-            image = normalise(self._to_device(torch.stack(images)), self.mean, self.std)
+            image = normalize(self._to_device(torch.stack(images)), self.mean, self.std)
             label = class_ids(self._to_device(torch.stack(masks)))
             yield Batch(image.contiguous(memory_format=self.layout), label, self._to_device(position))
 
     def groups(self) -> Iterator[Batch]:
-        """Yields the images for evaluation, neighbours of one size together; labels in the masks' size."""
+        """Yields the images for evaluation, neighbors of one size together; labels in the masks' size."""
         for samples, position, _ in self._parts(0):
             rows: list[tuple[Tensor, Tensor, Tensor]] = []
             for (image, mask), index in zip(samples, position, strict=True):
@@ -158,7 +158,7 @@ class SegmentationLoader(WorkerLoader[list[tuple[Tensor, Tensor]]]):
 
     def _group(self, rows: list[tuple[Tensor, Tensor, Tensor]]) -> Batch:
         image, mask, index = (self._to_device(torch.stack(parts)) for parts in zip(*rows, strict=True))
-        return Batch(normalise(image, self.mean, self.std), class_ids(mask), index)
+        return Batch(normalize(image, self.mean, self.std), class_ids(mask), index)
 
 
 def class_ids(mask: Tensor) -> Tensor:

@@ -125,6 +125,6 @@ def build_method(
         parts = [build_method(part, student, teacher, data) for part in config.parts().values()]
         return SegmentationSum(parts, config)
     method = get_method(config.method_name)
-    only_labelled = data._replace(only_labelled=True)
-    built = method(config, student, teacher if method.needs.teacher else None, only_labelled)
+    only_labeled = data._replace(only_labeled=True)
+    built = method(config, student, teacher if method.needs.teacher else None, only_labeled)
     return PixelMethod(built) if isinstance(built, LogitMethod) else built

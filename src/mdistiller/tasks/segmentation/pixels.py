@@ -22,7 +22,7 @@ def resized(x: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def resized_label(label: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Picks the labels [B, H, W] at the centres of the pixels of another size, [B, h, w]."""
+    """Picks the labels [B, H, W] at the centers of the pixels of another size, [B, h, w]."""
     if label.shape[1:] == size:
         return label
     return F.interpolate(label[:, None].float(), size, mode="nearest-exact")[:, 0].long()

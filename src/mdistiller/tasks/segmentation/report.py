@@ -1,4 +1,4 @@
-"""Coloured predictions of the runs' segmentation models on a few test images."""
+"""Colored predictions of the runs' segmentation models on a few test images."""
 
 from collections.abc import Sequence
 from html import escape
@@ -25,13 +25,13 @@ from mdistiller.report.sections import (
 from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig, SegmentationDataConfig
 from mdistiller.tasks.segmentation.data import IGNORE, Mask, load_split, palette
 from mdistiller.tasks.segmentation.evaluate import classify
-from mdistiller.tasks.segmentation.loader import normalise, scaled, to_tensor
+from mdistiller.tasks.segmentation.loader import normalize, scaled, to_tensor
 from mdistiller.tasks.segmentation.segmenter import build_segmenter
 from mdistiller.training.distributed import pick_device
 
 MOST = 6  # images
 _LONG_SIDE = 320  # pixels of a picture on the page
-_STRENGTH = 0.65  # of a class's colour over the photograph
+_STRENGTH = 0.65  # of a class's color over the photograph
 _UNUSED = ("train_annotations", "train_images", "train_limit", "train_split")
 
 
@@ -87,7 +87,7 @@ def _predict(
     augment = part_of(run, "augment", SegmentationAugmentConfig)
     found = []
     for image in images:
-        pixels = normalise(to_tensor(scaled(image, augment.short_side)), data.mean, data.std)
+        pixels = normalize(to_tensor(scaled(image, augment.short_side)), data.mean, data.std)
         predicted = classify(model(pixels[None].to(device)), (image.height, image.width))
         found.append(predicted[0].byte().cpu().numpy())
     return found
@@ -96,14 +96,14 @@ def _predict(
 def _picture(image: Image.Image, mask: Mask | None, alt: str) -> str:
     pixels: Tensor = torch.from_numpy(np.array(image)).float()
     if mask is not None:
-        colours = torch.from_numpy(palette(256)[mask]).float()
-        coloured = torch.from_numpy(mask != IGNORE)[..., None]
-        pixels = torch.where(coloured, (1 - _STRENGTH) * pixels + _STRENGTH * colours, pixels)
+        colors = torch.from_numpy(palette(256)[mask]).float()
+        colored = torch.from_numpy(mask != IGNORE)[..., None]
+        pixels = torch.where(colored, (1 - _STRENGTH) * pixels + _STRENGTH * colors, pixels)
     return picture(pixels, _LONG_SIDE, alt)
 
 
 def _legend(classes: Sequence[tuple[str, int]]) -> str:
-    """Returns the names of classes beside their colours."""
+    """Returns the names of classes beside their colors."""
     parts = []
     for name, i in classes:
         red, green, blue = palette(256)[i].tolist()

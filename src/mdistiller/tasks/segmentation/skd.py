@@ -52,7 +52,7 @@ def skd_loss(
 
 
 class SKDConfig(FeatureConfig):
-    """Hyper-parameters of SKD."""
+    """Hyperparameters of SKD."""
 
     own_name = "skd"
 

@@ -160,7 +160,7 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
         source: BatchSource[Batch],
         data: SegmentationSplits,
     ) -> None:
-        """Tries a single image, where an epoch's last batch has one: most heads normalise pooled values."""
+        """Tries a single image, where an epoch's last batch has one: most heads normalize pooled values."""
         if source.loader.last != 1 or config.drop_last:
             return
         image = torch.zeros(1, 3, *config.augment.crop, device=source.world.device)

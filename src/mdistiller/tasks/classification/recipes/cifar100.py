@@ -45,5 +45,5 @@ def _beta(teacher: str, student: str) -> float:
 
 
 def tune_pair(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
-    """Returns a method with its published hyper-parameters for a pair; DKD's β follows `_beta`."""
+    """Returns a method with its published hyperparameters for a pair; DKD's β follows `_beta`."""
     return tune(DATA, method, f"{teacher}_{student}", _beta(teacher, student))

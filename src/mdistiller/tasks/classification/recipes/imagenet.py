@@ -1,6 +1,6 @@
 """ImageNet as in the DKD paper and its published code.
 
-Random crops of 224 and mirroring, evaluation on the centre 224 of 256. Teachers are torchvision's with their
+Random crops of 224 and mirroring, evaluation on the center 224 of 256. Teachers are torchvision's with their
 first weights. Settings and accuracies of methods and pairs are in `published/imagenet.toml`.
 """
 
@@ -40,5 +40,5 @@ def pair_of(teacher: str, student: str) -> str:
 
 
 def tune_pair(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
-    """Returns a method with its published hyper-parameters for a pair; DKD's β is 1 for other pairs."""
+    """Returns a method with its published hyperparameters for a pair; DKD's β is 1 for other pairs."""
     return tune(DATA, method, pair_of(teacher, student))

@@ -26,5 +26,5 @@ def baseline(model: str) -> ClassificationConfig:
 
 
 def tune_pair(method: MethodConfig, teacher: str, student: str) -> MethodConfig:
-    """Returns a method with its published hyper-parameters for a pair."""
+    """Returns a method with its published hyperparameters for a pair."""
     return tune(DATA, method, f"{teacher}_{student}")

@@ -14,7 +14,7 @@ class Separability(NamedTuple):
     """Separation of classes in a feature space, by cosine distance because features differ in scale.
 
     silhouette: mean silhouette coefficient, in [-1, 1]; 1: far apart and dense (Rousseeuw, 1987).
-    knn: accuracy in percent of the vote of the nearest neighbours, without the sample itself.
+    knn: accuracy in percent of the vote of the nearest neighbors, without the sample itself.
     """
 
     silhouette: float
@@ -22,25 +22,25 @@ class Separability(NamedTuple):
 
 
 def separability(
-    features: Float[Tensor, "n d"], label: Int[Tensor, " n"], neighbours: int = 10
+    features: Float[Tensor, "n d"], label: Int[Tensor, " n"], neighbors: int = 10
 ) -> Separability:
     """Measures the separation of classes in `features`. A tie of votes goes to the lowest class id.
 
     Raises:
-        DataError: fewer than two classes, no class with two samples, or too few samples for the neighbours.
+        DataError: fewer than two classes, no class with two samples, or too few samples for the neighbors.
     """
     x, y = features.numpy(), label.numpy()
     classes = len(np.unique(y))
-    if not 2 <= classes < len(y) or len(y) <= neighbours:
+    if not 2 <= classes < len(y) or len(y) <= neighbors:
         raise DataError(
-            f"separability needs 2 classes, fewer classes than samples, and more than {neighbours} samples; "
+            f"separability needs 2 classes, fewer classes than samples, and more than {neighbors} samples; "
             f"got {classes} classes and {len(y)} samples"
         )
     # Without an argument, kneighbors() leaves out the sample itself.
     from sklearn.metrics import silhouette_score
     from sklearn.neighbors import NearestNeighbors
 
-    nearest = NearestNeighbors(n_neighbors=neighbours, metric="cosine").fit(x).kneighbors()[1]
+    nearest = NearestNeighbors(n_neighbors=neighbors, metric="cosine").fit(x).kneighbors()[1]
     votes = np.stack([np.bincount(y[row], minlength=y.max() + 1) for row in nearest])
     silhouette = silhouette_score(x, y, metric="cosine")
     return Separability(float(silhouette), 100 * float((votes.argmax(1) == y).mean()))

@@ -53,7 +53,7 @@ def collect(
     Args:
         model: returns logits [B, classes]; on the device of the batches.
         batches: raw batches, such as an epoch of `make_loader`.
-        prepare: converts a raw batch to normalised images.
+        prepare: converts a raw batch to normalized images.
         feature: name of the tap; each image's feature is flattened.
 
     Raises:

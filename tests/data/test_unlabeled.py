@@ -26,7 +26,7 @@ def set_of(root):
     fill(root / "train", 4)
     fill(root / "val", 2)
     for i in range(5):
-        write(root / "unlabelled" / "any" / f"{i}.png")
+        write(root / "unlabeled" / "any" / f"{i}.png")
     return root
 
 
@@ -37,16 +37,16 @@ def test_a_folder_of_images_without_a_class(tmp_path):
     assert counts(splits.test) == {0: 2, 1: 2, 2: 2}
     assert "17 training (5 of them without a class) and 6 test images" in splits.description
     for path, label in zip(splits.train.samples, splits.train.labels.tolist(), strict=True):
-        assert ("unlabelled" in Path(path).parts) == (label == -100)
-    assert counts(load_data(config(tmp_path), unlabelled=False).train) == {0: 4, 1: 4, 2: 4}
-    (tmp_path / "unlabelled").rename(tmp_path / "Unlabeled")
+        assert ("unlabeled" in Path(path).parts) == (label == -100)
+    assert counts(load_data(config(tmp_path), unlabeled=False).train) == {0: 4, 1: 4, 2: 4}
+    (tmp_path / "unlabeled").rename(tmp_path / "Unlabelled")
     assert counts(load_data(config(tmp_path, memory="resident")).train)[-100] == 5
 
 
 def test_class_folders_alone_with_images_without_a_class(tmp_path):
     fill(tmp_path, 10)
     for i in range(7):
-        write(tmp_path / "unlabelled" / f"{i}.png")
+        write(tmp_path / "unlabeled" / f"{i}.png")
     splits = load_data(config(tmp_path, val_fraction=0.2))
     assert splits.classes == CLASSES
     assert counts(splits.train) == {0: 8, 1: 8, 2: 8, -100: 7}
@@ -56,14 +56,14 @@ def test_class_folders_alone_with_images_without_a_class(tmp_path):
 def test_no_training_image_has_a_class(tmp_path):
     fill(tmp_path / "val", 2)
     for i in range(5):
-        write(tmp_path / "unlabelled" / f"{i}.png")
+        write(tmp_path / "unlabeled" / f"{i}.png")
     splits = load_data(config(tmp_path))
     assert splits.classes == CLASSES
     assert counts(splits.train) == {-100: 5}
     with pytest.raises(
         DataError, match=r"no training image in .* has a class, which a run without a teacher"
     ):
-        load_data(config(tmp_path), unlabelled=False)
+        load_data(config(tmp_path), unlabeled=False)
     fill(tmp_path, 1, ("ant",))  # a folder in the wrong place is not passed over
     with pytest.raises(DataError, match="no train/"):
         load_data(config(tmp_path))
@@ -148,7 +148,7 @@ def test_blends_with_images_without_a_class():
     assert np.allclose(mixed.label.numpy(), w * rows_of + (1 - w) * rows_of[partner])
 
 
-def partly_labelled(config):
+def partly_labeled(config):
     splits = load_data(DataConfig(kind="digits", image_size=8))
     part = ImageSet(images=splits.train.images[:20], labels=torch.arange(20) % 10)
     labels = torch.where(torch.arange(20) < 10, part.labels, -100)
@@ -157,14 +157,14 @@ def partly_labelled(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
-    register_dataset("partly_labelled")(partly_labelled)
+    register_dataset("partly_labeled")(partly_labeled)
     yield
-    del _DATASETS["partly_labelled"]
+    del _DATASETS["partly_labeled"]
 
 
 def test_a_registered_set():
     with pytest.warns(UserWarning, match="left out: 10 test images"):
-        splits = load_data(DataConfig(kind="partly_labelled", image_size=8))
+        splits = load_data(DataConfig(kind="partly_labeled", image_size=8))
     assert (len(splits.train), len(splits.test)) == (20, 10)
 
 
@@ -182,12 +182,12 @@ def test_extra_images_without_a_class(tmp_path):
         write(tmp_path / "more" / "deep" / f"{i}.png")
     paint(tmp_path)
     plain = load_data(config(tmp_path / "set"))
-    joined = load_data(config(tmp_path / "set", unlabelled=tmp_path / "more"))
+    joined = load_data(config(tmp_path / "set", unlabeled=tmp_path / "more"))
     assert counts(joined.train) == {0: 4, 1: 4, 2: 4, -100: 5}
     assert counts(joined.test) == counts(plain.test)
     for memory in ("stream", "resident"):
         found = load_data(
-            config(tmp_path / "set", unlabelled=tmp_path / "more", memory=memory, image_size=16)
+            config(tmp_path / "set", unlabeled=tmp_path / "more", memory=memory, image_size=16)
         ).train
         read = [found.images[i] if memory == "resident" else found.read(i, 0) for i in range(17)]
         files = [
@@ -199,7 +199,7 @@ def test_extra_images_without_a_class(tmp_path):
             expected = replace(expected, samples=np.array([file], dtype=object)).read(0, 0)
             assert torch.equal(pixels, expected)
         assert len({pixels.numpy().tobytes() for pixels in read}) == 17
-    alone = load_data(config(tmp_path / "set", unlabelled=tmp_path / "more"), unlabelled=False)
+    alone = load_data(config(tmp_path / "set", unlabeled=tmp_path / "more"), unlabeled=False)
     assert counts(alone.train) == counts(plain.train)
 
 
@@ -207,7 +207,7 @@ def test_extra_images_beside_arrays(tmp_path):
     for i in range(5):
         write(tmp_path / f"{i}.png")
     paint(tmp_path)
-    found = load_data(DataConfig(kind="digits", unlabelled=tmp_path))
+    found = load_data(DataConfig(kind="digits", unlabeled=tmp_path))
     plain = load_data(DataConfig(kind="digits"))
     assert len(found.train) == len(plain.train) + 5
     assert torch.equal(found.train.images[:-5], plain.train.images)
@@ -219,8 +219,8 @@ def test_extra_images_beside_arrays(tmp_path):
 def test_extra_images_that_are_not_there(tmp_path):
     fill(tmp_path / "train", 4)
     fill(tmp_path / "val", 2)
-    with pytest.raises(DataError, match=r"data.unlabelled: .*none is no folder"):
-        load_data(config(tmp_path, unlabelled=tmp_path / "none"))
+    with pytest.raises(DataError, match=r"data.unlabeled: .*none is no folder"):
+        load_data(config(tmp_path, unlabeled=tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"data.unlabelled: .*empty has no images, which end in"):
-        load_data(config(tmp_path, unlabelled=tmp_path / "empty"))
+    with pytest.raises(DataError, match=r"data.unlabeled: .*empty has no images, which end in"):
+        load_data(config(tmp_path, unlabeled=tmp_path / "empty"))
