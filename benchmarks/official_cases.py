@@ -22,7 +22,7 @@ from mdistiller.methods import Method, MethodConfig, method_config
 from mdistiller.methods.compose import build_method
 from mdistiller.methods.crd import CRD, CRDConfig
 from mdistiller.methods.features import FeatureConfig
-from mdistiller.methods.lskd import standardise
+from mdistiller.methods.lskd import standardize
 from mdistiller.methods.simkd import ReusedClassifier
 from mdistiller.tasks.detection.adapter import Level
 from mdistiller.tasks.detection.bckd import bckd_loss
@@ -461,7 +461,7 @@ def dot(f: Any, parameters: Tensor) -> Pair:
 
 @case("LSKD", D + "KD.py", "kd_loss", logits, note="around KD")
 def lskd(f: Any, s: Tensor, t: Tensor, _: Tensor) -> Pair:
-    return f(s, t, 2.0, True), ours.kd_loss(standardise(s), standardise(t), temperature=2.0)
+    return f(s, t, 2.0, True), ours.kd_loss(standardize(s), standardize(t), temperature=2.0)
 
 
 @case(

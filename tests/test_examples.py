@@ -216,7 +216,7 @@ def test_a_pruned_student(tmp_path, capsys):
     capsys.readouterr()
     assert run(["compare", runs["alone"], runs["pruned"], *plugin, "--batch", "1", "--json"]) == 0
     rows = {row["label"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
-    alone, pruned = rows["student alone: resnet8"], rows["dkd: resnet14 → pruned_resnet"]
+    alone, pruned = rows["resnet8 alone"], rows["DKD"]
     assert pruned["parameters"] == after
     assert pruned["macs"] < 0.65 * alone["macs"]
     assert pruned["bytes"] < 0.6 * alone["bytes"]

@@ -91,7 +91,7 @@ def test_the_report_takes_an_evaluated_file(tmp_path, capsys, model, folder):
     code, rows = command(capsys, "report", out, trained, "--out", page, "--json")
     assert code == 0
     mine, theirs = rows
-    assert mine["label"] == "evaluated: resnet8"
+    assert mine["label"] == "resnet8, evaluated"
     assert mine["last"]["mean"] == found["top1"]
     assert mine["student_parameters"] == sum(p.numel() for p in model.parameters())
     assert (mine["seconds"], mine["ms_per_step"], mine["over_baseline"]) == (None, None, None)

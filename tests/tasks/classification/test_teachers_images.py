@@ -23,7 +23,7 @@ from mdistiller.methods import KDConfig, NoneConfig, method_config
 from mdistiller.models import ModelConfig, create_model, registry
 from mdistiller.models.own_input import OwnInput
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.runs import load_run
+from mdistiller.report.runs import group, load_run
 from mdistiller.runs.checkpoint import save_student
 from mdistiller.runs.progress import Silent
 from mdistiller.tasks.classification import models
@@ -111,7 +111,7 @@ def test_compare_and_report_too(teacher_run, student_run, tmp_path):
     assert (row.label, row.metric) == ("teacher: resnet14", pytest.approx(accuracy(logits)))
     student = compare([copies[1]], batches=(1,)).rows[0]
     assert row.macs == student.macs  # of the teacher's larger images
-    runs = {run.label: [run] for run in map(load_run, copies)}
+    runs = group([load_run(copy) for copy in copies])
     (collected,) = run_models(PageRows(runs, ()), 100).teachers.values()
     torch.testing.assert_close(collected.logits, logits, rtol=1e-3, atol=1e-4)
 

@@ -559,8 +559,8 @@ def test_compare(runs, data, tmp_path, capsys, monkeypatch):
     assert run([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = found["rows"]
-    distilled_label = "dkd+reviewkd: wide → small"
-    labels = ["teacher: wide", "student alone: small", distilled_label, f"{distilled_label}, onnx"]
+    distilled_label = "DKD+ReviewKD"
+    labels = ["teacher: wide", "student alone", distilled_label, f"{distilled_label}, onnx"]
     assert [row["label"] for row in rows] == labels
     assert (found["metric"], found["test_set"], found["image_shape"]) == ("AP", data.name, [3, 80, 64])
     recorded = [read_metrics(path)[-1]["last"]["AP"] for path in (folder / "teacher", alone, student)]
@@ -598,7 +598,7 @@ def test_the_report(runs, tmp_path):
     folders = [folder / "teacher", folder / "student"]
     rows = summarize([load_run(run) for run in folders])
     assert [row.metric for row in rows] == ["AP", "AP"]
-    assert [row.label for row in rows] == ["teacher: wide", "dkd+reviewkd: wide → small"]
+    assert [row.label for row in rows] == ["teacher", "DKD+ReviewKD"]
     assert rows[1].last.mean == read_metrics(folder / "student")[-1]["last"]["AP"]
     own = read_metrics(folder / "teacher")[-1]["last"]["AP"]
     assert (rows[0].over_teacher, rows[1].teacher) == (None, own)

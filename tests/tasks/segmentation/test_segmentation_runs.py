@@ -161,8 +161,8 @@ def test_compare(runs, teacher, capsys):
     assert command(["compare", *map(str, folders), "--exports", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = found["rows"]
-    kd = f"kd: {TEACHER} → {MODEL}"
-    labels = [f"teacher: {TEACHER}", f"student alone: {MODEL}", kd, f"{kd}, safetensors"]
+    kd = "KD"
+    labels = [f"teacher: {TEACHER}", "student alone", kd, f"{kd}, safetensors"]
     assert [row["label"] for row in rows] == labels
     assert found["image_shape"] == [1, 3, 56, 72]
     recorded = [read_metrics(path)[-1]["last"]["mIoU"] for path in folders]
