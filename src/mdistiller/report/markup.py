@@ -34,7 +34,7 @@ class Section(NamedTuple):
         inner = (
             f"<details><summary>{head}</summary>{self.body}</details>" if self.folded else head + self.body
         )
-        return f'<section aria-labeledby="{self.name}">{inner}</section>'
+        return f'<section aria-labelledby="{self.name}">{inner}</section>'
 
 
 def document(title: str, parts: Iterable[str]) -> str:

@@ -209,14 +209,14 @@ def test_values_at_the_pointer(report, visit):
 
 
 def column(page, number: int) -> list[str]:
-    rows = page.locator("section[aria-labeledby=accuracy] tbody tr")
+    rows = page.locator("section[aria-labelledby=accuracy] tbody tr")
     return [row.locator("th, td").nth(number).inner_text() for row in rows.all()]
 
 
 def test_table_sorts_by_number_on_a_click(report, visit):
     page, complaints = visit(report)
     assert column(page, 0) == LABELS
-    head = page.locator("section[aria-labeledby=accuracy] thead th")
+    head = page.locator("section[aria-labelledby=accuracy] thead th")
     for number, name in enumerate(NUMBERS, 1):
         values = [v.replace("−", "-").replace(",", "").split(" ± ")[0] for v in column(page, number)]
         known = sorted(float(v) for v in values if v != "–")
@@ -279,7 +279,7 @@ def visible(page, chart: str) -> dict[str, bool]:
 def test_legend_hides_and_shows_a_row(report, visit, by):
     page, complaints = visit(report)
     row = LABELS[0]
-    button = page.locator("section[aria-labeledby=curves] .legend").get_by_role("button", name="DKD")
+    button = page.locator("section[aria-labelledby=curves] .legend").get_by_role("button", name="DKD")
     press = button.click if by == "click" else lambda: (button.focus(), page.keyboard.press("Enter"))
     assert visible(page, "accuracy-curves") == dict.fromkeys(LABELS, True)
     press()
@@ -299,7 +299,7 @@ def test_legend_hides_and_shows_a_row(report, visit, by):
 def test_a_ninth_row_replaces_the_first(write_run, tmp_path, visit):
     runs = [write_run(f"r{i}", [50.0, 60.0 + i], epochs=i + 1) for i in range(10)]
     page, complaints = visit(write_report(runs, tmp_path / "page.html"))
-    legend = page.locator("section[aria-labeledby=curves] .legend")
+    legend = page.locator("section[aria-labelledby=curves] .legend")
     before = [row for row, on in visible(page, "accuracy-curves").items() if on]
     assert len(before) == 8
     legend.get_by_text("2 more").click()

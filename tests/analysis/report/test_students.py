@@ -195,7 +195,7 @@ def change(folder: Path, part: str, **values) -> None:
 
 
 def missing(text: str) -> str:
-    return text.split('<section aria-labeledby="missing">')[1].split("</section>")[0]
+    return text.split('<section aria-labelledby="missing">')[1].split("</section>")[0]
 
 
 def test_a_student_that_is_gone(copies, tmp_path):
@@ -246,7 +246,7 @@ def test_a_teacher_that_is_gone(copies, tmp_path, values, words):
     text = write_report(copies[:3], tmp_path / "page.html", images=100, device="cpu").read_text()
     assert "cannot run on the images" in missing(text)
     assert words in missing(text)
-    assert '<section aria-labeledby="correlation">' not in text
+    assert '<section aria-labelledby="correlation">' not in text
     assert "silhouette" in text
 
 
@@ -262,7 +262,7 @@ def test_plugins_are_not_run(copies, tmp_path):
 def test_one_run_alone(real_runs, tmp_path):
     text = write_report(real_runs[1:2], tmp_path / "page.html", images=100, device="cpu").read_text()
     for absent in ("gains", "correlation", "settings", "missing"):
-        assert f'<section aria-labeledby="{absent}">' not in text
+        assert f'<section aria-labelledby="{absent}">' not in text
     assert "silhouette" in text
 
 

@@ -368,5 +368,5 @@ def test_the_report_has_average_precisions_of_classes(root, teacher, tmp_path):
         assert lines[name] == pytest.approx(value, abs=1e-2)
     assert "Average precision of each class" in text
     for absent in ("features", "missing"):
-        assert f'<section aria-labeledby="{absent}">' not in text
-    assert '<section aria-labeledby="correlation">' in text
+        assert f'<section aria-labelledby="{absent}">' not in text
+    assert '<section aria-labelledby="correlation">' in text

@@ -177,7 +177,7 @@ def test_compare(runs, teacher, capsys):
 
 def test_the_report_has_colored_masks(runs, squares, tmp_path):
     page = write_report([runs / "alone", runs / "kd"], tmp_path / "report.html", images=1).read_text()
-    section = page[page.index('aria-labeledby="masks"') :]
+    section = page[page.index('aria-labelledby="masks"') :]
     section = section[: section.index("</section>")]
     pictures = re.findall(r'<img src="data:image/(?:png|jpeg);base64,([^"]+)" alt="([^"]*)"', section)
     assert len(pictures) == 4
