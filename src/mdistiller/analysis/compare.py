@@ -18,7 +18,7 @@ from mdistiller.deploy.student import StudentFile, open_student
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
 from mdistiller.models.weights import STUDENT_FILE, find_weights
 from mdistiller.report.bought import COMPARISON, ComparedModel, Comparison
-from mdistiller.report.runs import RunRecord, find_baseline, group, load_run, make_row
+from mdistiller.report.runs import RunRecord, find_baseline, group, load_run, make_row, teacher_names
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.environment import this_machine
 from mdistiller.training.deployment import Model, ModelInput
@@ -126,7 +126,6 @@ def _members(runs: Sequence[RunRecord], groups: Mapping[str, Sequence[RunRecord]
     sets: dict[str, Callable[[], Any]] = {}
     for run in runs:
         label, seeds = next((label, members) for label, members in groups.items() if run in members)
-        label = label.replace("baseline:", "student alone:", 1)
         if len(seeds) > 1:
             label += f", seed {run.config.get('seed')}"
         file = open_student(run.path)
@@ -140,11 +139,12 @@ def _members(runs: Sequence[RunRecord], groups: Mapping[str, Sequence[RunRecord]
 
 def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry]:
     found, teacher_file = [], None
+    names = teacher_names([member.run for member in members])
     for member in members:
         if member.run.teacher in (None, SELF):
             continue
         try:
-            found.append(_teacher(member))
+            found.append(_teacher(member, names[member.run.taught_by]))
         except (MDistillerError, OSError) as error:
             warnings.warn(f"teacher left out: {error}", stacklevel=3)
         else:
@@ -179,7 +179,7 @@ def _rank(member: _Member, teacher_file: Path | None) -> int:
     return 1 if member.run.teacher is None else 2
 
 
-def _teacher(member: _Member) -> _Entry:
+def _teacher(member: _Member, label: str) -> _Entry:
     # A run's settings are read with method "none", which has no teacher.
     config, _ = member.config.replace(method={"name": "kd"}).by_teacher()[0]
     files = [find_weights(t.checkpoint) for t in config.teachers if t.checkpoint is not None]
@@ -188,7 +188,6 @@ def _teacher(member: _Member) -> _Entry:
     for teacher in config.teachers:  # a backbone has no metric
         member.file.task.check_model(teacher.name)
     module = member.file.task.build_teacher(config, member.data()).eval()
-    label = f"teacher: {' + '.join(t.name for t in config.teachers)}"
     return _entry(label, member, module, files, make_row("", [member.run]).teacher)
 
 

@@ -43,7 +43,7 @@ def test_rows(found, folders):
     _, alone, first, second = folders
     dkd = "DKD, seed"
     assert [row.label for row in found.rows] == [
-        "teacher: resnet14",
+        "teacher",
         "student alone",
         f"{dkd} 0",
         f"{dkd} 0, onnx int8",
@@ -89,7 +89,7 @@ def test_the_teachers_own_run_is_the_teacher(folders, real_runs, tmp_path):
     runs = [folders[2], folders[1], real_runs[0]]
     found = compare(runs, exports(folders[2]), batches=(1,), evaluate=False)
     labels = [row.label for row in found.rows]
-    assert labels[:2] == ["teacher: resnet14", "student alone"]
+    assert labels[:2] == ["teacher", "student alone"]
     assert not any("alone: resnet14" in label for label in labels)
     (real_runs[0] / COMPARISON).unlink()
     # Recorded metrics.
@@ -108,7 +108,7 @@ def test_exports_are_opened_only_when_named(folders, monkeypatch):
     opened = []
     monkeypatch.setattr(module, "load_export", lambda folder, device: opened.append(folder))
     found = compare([folders[2]], batches=(1,), evaluate=False)
-    assert [row.label for row in found.rows] == ["teacher: resnet14", "DKD"]
+    assert [row.label for row in found.rows] == ["teacher", "DKD"]
     assert opened == []
 
 

@@ -108,7 +108,7 @@ def test_compare_and_report_too(teacher_run, student_run, tmp_path):
     copies = [shutil.copytree(run, tmp_path / run.name) for run in (student_run, teacher_run)]
     logits = logits_by_hand(teacher_run)
     row = compare([copies[0]], batches=(1,)).rows[0]
-    assert (row.label, row.metric) == ("teacher: resnet14", pytest.approx(accuracy(logits)))
+    assert (row.label, row.metric) == ("teacher", pytest.approx(accuracy(logits)))
     student = compare([copies[1]], batches=(1,)).rows[0]
     assert row.macs == student.macs  # of the teacher's larger images
     runs = group([load_run(copy) for copy in copies])

@@ -560,7 +560,7 @@ def test_compare(runs, data, tmp_path, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     rows = found["rows"]
     distilled_label = "DKD+ReviewKD"
-    labels = ["teacher: wide", "student alone", distilled_label, f"{distilled_label}, onnx"]
+    labels = ["teacher", "student alone", distilled_label, f"{distilled_label}, onnx"]
     assert [row["label"] for row in rows] == labels
     assert (found["metric"], found["test_set"], found["image_shape"]) == ("AP", data.name, [3, 80, 64])
     recorded = [read_metrics(path)[-1]["last"]["AP"] for path in (folder / "teacher", alone, student)]
@@ -586,7 +586,7 @@ def test_compare(runs, data, tmp_path, capsys, monkeypatch):
     assert "batch: got 2; allowed for a run of detection: 1" in capsys.readouterr().err
     assert run([*words, "--no-eval"]) == 0
     shown = capsys.readouterr().out
-    assert f"| teacher: wide | {recorded[0]:.2f} |" in shown
+    assert f"| teacher | {recorded[0]:.2f} |" in shown
     assert shown.rstrip().endswith(", images of shape [3, 80, 64]")
 
 

@@ -162,7 +162,7 @@ def test_compare(runs, teacher, capsys):
     found = json.loads(capsys.readouterr().out)
     rows = found["rows"]
     kd = "KD"
-    labels = [f"teacher: {TEACHER}", "student alone", kd, f"{kd}, safetensors"]
+    labels = ["teacher", "student alone", kd, f"{kd}, safetensors"]
     assert [row["label"] for row in rows] == labels
     assert found["image_shape"] == [1, 3, 56, 72]
     recorded = [read_metrics(path)[-1]["last"]["mIoU"] for path in folders]
