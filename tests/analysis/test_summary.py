@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -101,6 +102,34 @@ def test_a_teachers_own_run_is_called_so(write_run, tmp_path):
     assert found[2].over_baseline == 10.0
 
 
+def test_a_teachers_folder_that_was_copied_is_the_teacher(write_run, tmp_path):
+    """Its config says where it was trained, and the student's config names that folder."""
+    trained = write_run("big", [70.0], method="none", student={"name": "resnet20"})
+    copied = shutil.copytree(trained, tmp_path / "elsewhere" / "other-name")
+    taught = write_run("dkd", [60.0], teacher={"name": "resnet20", "checkpoint": str(trained)})
+    shutil.rmtree(trained)
+    assert list(names([copied, write_run("small", [50.0], method="none"), taught])) == [
+        *("teacher", "student alone", "DKD")
+    ]
+
+
+def test_teachers_are_named_where_there_are_several(write_run, tmp_path):
+    folders = []
+    for model, name in (("resnet20", "one"), ("resnet14", "two"), ("resnet14", "three")):
+        folders.append(write_run(name, [70.0], method="none", student={"name": model}))
+        teacher = {"name": model, "checkpoint": str(folders[-1])}
+        folders.append(write_run(f"dkd-{name}", [60.0], teacher=teacher))
+    assert list(names(folders)) == [
+        *("teacher resnet20", "DKD from resnet20", "teacher resnet14 two", "DKD from resnet14 two"),
+        *("teacher resnet14 three", "DKD from resnet14 three"),
+    ]
+    other = write_run("other", [60.0], student={"name": "vgg8"})
+    assert list(names([folders[1], other])) == [
+        "DKD from resnet20 one into resnet8",
+        "DKD from resnet20 into vgg8",
+    ]
+
+
 @pytest.mark.parametrize(
     ("data", "shown"),
     [
@@ -144,13 +173,10 @@ def test_a_run_under_way(write_run):
     assert len(head) == len(cells)
 
 
-def test_a_row_counts_its_finished_runs_alone(write_run):
+def test_a_row_is_of_its_finished_runs(write_run):
     runs = [write_run("a", [50.0]), write_run("b", [60.0], seed=1, finished=False)]
     (row,) = summarize([load_run(run) for run in runs])
-    assert (row.finished, row.seeds, row.last.mean) == (True, 1, 50.0)
-    (row,) = summarize([load_run(runs[1])])
-    assert (row.finished, row.last.mean) == (False, 60.0)
-    (row,) = summarize([load_run(runs[0])])
+    assert (row.finished, row.seeds, row.values) == (True, 1, (50.0,))
     assert row.student_parameters == 78042
 
 

@@ -89,13 +89,8 @@ def answer(contest: Contest, groups: Groups) -> Answer:
         so_far = f"{best.label[0].upper()}{best.label[1:]} is at {_value(best.last, 1, metric)} so far"
         sentence = f"{so_far}; no {'method' if rivals else 'run'} has finished."
         return Answer(sentence, _note(contest, groups, None), best.label, None, None, None, None)
-    # A student that was evaluated only names no teacher.
-    others = [
-        row
-        for row in rivals[1:]
-        if row.finished
-        and (groups[row.label][0].taught_by == run.taught_by or not row.method or not best.method)
-    ]
+    near = [row for row in rivals[1:] if groups[row.label][0].taught_by == run.taught_by]
+    others = [row for row in near if row.finished]
     kd = next((row for row in others if row.method == "kd"), None)
     other = kd or (others[0] if others else alone if alone is not best else None)
     closed, teacher = None, best.teacher

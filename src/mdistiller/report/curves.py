@@ -76,11 +76,11 @@ def draw_curves(
     size: tuple[float, float],
     titles: tuple[str, str],
     *,
-    lines: dict[str, list[tuple[int, float]]] | None = None,
+    lines: dict[str, list[tuple[int, float]]],
     log: bool = False,
 ) -> Canvas:
     """Draws curves; `lines` are drawn dashed in the color of text, such as the teacher's."""
-    lines, canvas = lines or {}, Canvas(*size)
+    canvas = Canvas(*size)
     ys = value_range(list(curves.values()), [y for points in lines.values() for _, y in points], log=log)
     first, last = min(c.x[0] for c in curves.values()), max(c.x[-1] for c in curves.values())
     if titles[1].endswith("%") and not log:
@@ -92,7 +92,8 @@ def draw_curves(
             at = [(frame.x(x), frame.y(y)) for x, y in points]
             ends = at if len(at) > 1 else [(frame.left, at[0][1]), (frame.right, at[0][1])]
             canvas.curve(ends, class_="teacher")
-            y = max(ends[0][1] - 5, frame.top + 9, *(other + 13 for other in labels))
+            line_y = ends[0][1]
+            y = max([line_y - 5 if line_y - 16 > frame.top else line_y + 13, *(at + 13 for at in labels)])
             labels.append(y)
             canvas.text(frame.left + 6, y, name, class_="halo small")
         for label, curve in curves.items():
@@ -109,12 +110,25 @@ def draw_curves(
     return canvas
 
 
-def table_of(curves: dict[str, Curve], x: str) -> list[list[str]]:
-    """Returns the numbers of curves, a column for each row."""
+def curve_chart(
+    name: str,
+    title: str,
+    curves: dict[str, Curve],
+    rows: PageRows,
+    titles: tuple[str, str],
+    lines: dict[str, list[tuple[int, float]]],
+    *,
+    sizes: Sequence[tuple[float, float]] = (PANEL,),
+    log: bool = False,
+) -> str:
+    """Returns a chart of curves in some sizes, with a column of numbers for each row and line."""
+    drawings = [draw_curves(curves, rows, size, titles, lines=lines, log=log) for size in sizes]
+    ends = "; ".join(f"{label}: {c.mean[-1]:.4g}" for label, c in curves.items())
     columns = {label: dict(zip(c.x, c.mean, strict=True)) for label, c in curves.items()}
     steps = sorted({at for values in columns.values() for at in values})
-    lines = [[str(at), *("" if at not in c else f"{c[at]:.5g}" for c in columns.values())] for at in steps]
-    return [[x, *columns], *lines]
+    columns |= {line: dict(points) for line, points in lines.items() if len(points) > 1}
+    table = [[str(at), *("" if at not in c else f"{c[at]:.5g}" for c in columns.values())] for at in steps]
+    return html.chart(name, drawings, f"{title}. At the end, {ends}.", [[titles[0], *columns], *table])
 
 
 def over_training(rows: PageRows) -> list[html.Section]:
@@ -126,40 +140,25 @@ def over_training(rows: PageRows) -> list[html.Section]:
     curves = find_curves(rows, lambda run: [(line.epoch, line.value) for line in run.evals])
     if max(len(c.x) for c in curves.values()) > 1:
         lines = {name: [(0, value)] for name, value in rows.teachers.items()}
-        titles = "epoch", metric.head(metric.axis)
-        drawings = [draw_curves(curves, rows, size, titles, lines=lines) for size in (WIDE, NARROW)]
+        titles, sizes = ("epoch", metric.head(metric.axis)), (WIDE, NARROW)
+        drawn = curve_chart(
+            "accuracy-curves", f"{metric.title} over epochs", curves, rows, titles, lines, sizes=sizes
+        )
         band = "; band: lowest to highest seed" * (len(rows.rows) <= FEW_ROWS)
         caption = f"Line: mean over seeds{band}. {_AXIS}{_SELECT}"
-        drawn = html.chart(
-            "accuracy-curves",
-            drawings,
-            _alt(f"{metric.title} over epochs", curves),
-            table_of(curves, "epoch"),
-        )
         parts.append(html.figure(rows.legend(), drawn, caption=caption))
     losses = find_curves(rows, lambda run: [(line.step, line.loss) for line in run.windows], FEW)
     panels = []
     for i, label in enumerate(rows.shown):
-        if label not in losses or len(losses[label].x) < 2:
-            continue
-        own = {label: losses[label]}
-        canvas = draw_curves(own, rows, PANEL, ("step", ""))
-        panels.append(
-            html.panel(
-                label,
-                html.chart(f"loss-{i}", [canvas], _alt("the training loss", own), table_of(own, "step")),
-            )
-        )
+        if label in losses and len(losses[label].x) > 1:
+            own, titles = {label: losses[label]}, ("step", "")
+            drawn = curve_chart(f"loss-{i}", "Training loss over steps", own, rows, titles, {})
+            panels.append(html.panel(label, drawn))
     if panels:
         note = "Weighted sums of each row's own losses; values of different rows do not compare."
         body = html.panels(panels) + html.paragraph(note, "note")
-        parts.append(html.folded("Training loss of each row", body, unfolded=False))
+        parts.append(html.folded("Training loss of each row", body))
     return [html.Section("curves", "Training", "".join(parts))] if parts else []
-
-
-def _alt(title: str, curves: dict[str, Curve]) -> str:
-    ends = "; ".join(f"{label}: {c.mean[-1]:.4g}" for label, c in curves.items())
-    return f"Curves of {title[0].lower()}{title[1:]}. At the end, {ends}."
 
 
 # Name among the diagnostics, heading, whether the teacher has one too.
@@ -175,20 +174,13 @@ _DIAGNOSTICS = (
 
 def transfer(rows: PageRows, found: RunOutputs | None = None) -> list[html.Section]:
     """Returns the measures at the end of the training, and curves of the diagnostics, where there are any."""
-    blocks: list[str] = []
-    few = len(rows.rows) <= FEW_ROWS
+    body, few = transfer_table(rows, found), len(rows.rows) <= FEW_ROWS
+    caption = f"TCKD and NCKD as above. Dashed: the teacher. Line: mean over seeds. {_AXIS}{_SELECT}"
     for images, heading in (("test", "test images"), ("train", "training images, without augmentation")):
-        if images == "train" and not few:
-            continue
         shown = [panel for diagnostic in _DIAGNOSTICS if (panel := _diagnostic(rows, images, *diagnostic))]
-        if shown:
-            blocks.append(
-                html.folded(f"Curves on {heading}", html.panels(shown), unfolded=few and not blocks)
-            )
-    body = transfer_table(rows, found)
-    if blocks:
-        caption = f"TCKD and NCKD as above. Dashed: the teacher. Line: mean over seeds. {_AXIS}{_SELECT}"
-        body += html.figure(rows.legend(), *blocks, caption=caption)
+        if shown and (few or images == "test"):
+            drawn = html.figure(rows.legend(), html.panels(shown), caption=caption)
+            body += html.folded(f"Curves on {heading}", drawn, unfolded=few and images == "test")
     return [html.Section("transfer", "Knowledge transfer", body)] if body else []
 
 
@@ -205,12 +197,6 @@ def _diagnostic(rows: PageRows, images: str, name: str, title: str, has_teacher:
     for runs in rows.groups.values() if has_teacher else ():
         if line := points(runs[0], f"teacher_{name}"):
             lines.setdefault(names[runs[0].taught_by], line)
-    percent = "%" if name in ("agreement", "ece") else ""
-    canvas = draw_curves(curves, rows, PANEL, ("epoch", percent), lines=lines, log=log)
-    table = table_of(curves, "epoch")
-    for teacher, line in lines.items():
-        values = {str(x): f"{y:.5g}" for x, y in line}
-        table = [[*cells, values.get(cells[0], "") if i else teacher] for i, cells in enumerate(table)]
-    return html.panel(
-        title, html.chart(f"{images}-{name}", [canvas], _alt(f"{title} over epochs", curves), table)
-    )
+    titles = "epoch", "%" if name in ("agreement", "ece") else ""
+    drawn = curve_chart(f"{images}-{name}", f"{title} over epochs", curves, rows, titles, lines, log=log)
+    return html.panel(title, drawn)

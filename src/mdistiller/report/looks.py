@@ -13,8 +13,8 @@ COLOURS = (
     *("#8C6D31", "#B8383F", "#5F9E1F", "#00A0A8", "#A64CA6", "#6878E8", "#B59A2C"),
 )
 ALONE, EVALUATED = "#7d8590", "#b0498f"
-SHAPES = ("circle", "square", "diamond", "up", "down", "plus")
-DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 4", "12 3")
+SHAPES = ("circle", "square", "diamond", "up", "down")
+DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 4")
 # Methods that most papers have on one page, and so differ in color.
 _FIRST = ("dkd", "kd", "crd", "reviewkd", "at", "fitnet", "simkd")
 
@@ -35,9 +35,7 @@ def looks(methods: Mapping[str, str]) -> dict[str, Look]:
     found: dict[str, Look] = {}
     for label, method in methods.items():
         color, first = _bound(method)
-        styles = [
-            Look(color, SHAPES[i % len(SHAPES)], DASHES[i % len(SHAPES)]) for i in range(first, first + 6)
-        ]
+        styles = [Look(color, SHAPES[i % 5], DASHES[i % 5]) for i in range(first, first + 5)]
         found[label] = next((look for look in styles if look not in found.values()), styles[0])
     return found
 

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -57,6 +58,11 @@ def document(title: str, parts: Iterable[str]) -> str:
 def paragraph(text: str, kind: str = "") -> str:
     """Returns plain text as a paragraph."""
     return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"
+
+
+def from_here(text: str) -> str:
+    """Returns text whose paths below the current folder are relative to it."""
+    return re.sub(rf"(?<![^\s'\"(]){re.escape(os.path.join(os.getcwd(), ''))}", "", text)
 
 
 def panel(title: str, *parts: str) -> str:
@@ -162,9 +168,14 @@ def panels(parts: Iterable[str]) -> str:
     return f'<div class="panels">{"".join(parts)}</div>'
 
 
-def folded(title: str, body: str, *, unfolded: bool) -> str:
+def folded(title: str, body: str, *, unfolded: bool = False) -> str:
     """Returns a part that a click on its title shows and hides."""
     return f"<details{' open' * unfolded}><summary>{escape(title)}</summary>{body}</details>"
+
+
+def long_table(table: str, count: int, lines: str) -> str:
+    """Returns a table of `count` `lines`, folded if these are many."""
+    return table if count <= LONG else folded(f"{count} {lines}", table)
 
 
 def swatch(look: Look) -> str:
@@ -183,28 +194,23 @@ def legend(looks: Mapping[str, Look], shown: Sequence[str]) -> str:
         for label, look in looks.items()
     }
     first, more = ([b for label, b in buttons.items() if (label in shown) is on] for on in (True, False))
-    rest = folded(f"{len(more)} more", "".join(more), unfolded=False) if more else ""
+    rest = folded(f"{len(more)} more", "".join(more)) if more else ""
     return f'<div class="legend" role="group" aria-label="Rows in the charts">{"".join(first)}{rest}</div>'
 
 
-def image_uri(image: Tensor, side: int, kind: str) -> str:
-    """Returns an image [H, W, 3] of 0 to 255 as a data URI of at most `side` pixels.
-
-    `kind` is `png`, `jpeg`, or `smaller`: the one of both with fewer bytes.
-    """
-    picture = Image.fromarray(image.to(torch.uint8).cpu().contiguous().numpy())
-    picture.thumbnail((side, side))
-    found = []
-    for name in ("png", "jpeg") if kind == "smaller" else (kind,):
-        file = io.BytesIO()
-        picture.save(file, name, **({"optimize": True} if name == "png" else {"quality": 85}))
-        found.append(f"data:image/{name};base64,{base64.b64encode(file.getvalue()).decode()}")
-    return min(found, key=len)
-
-
 def picture(image: Tensor, side: int, alt: str) -> str:
-    """Returns an image as wide as its panel, of at most `side` pixels; `alt` is its content in words."""
-    return f'<img src="{image_uri(image, side, "smaller")}" alt="{escape(alt)}" width="100%">'
+    """Returns an image [H, W, 3] of 0 to 255 as wide as its panel, of at most `side` pixels.
+
+    It is a PNG or a JPEG, whichever has fewer bytes; `alt` is its content in words.
+    """
+    pixels = Image.fromarray(image.to(torch.uint8).cpu().contiguous().numpy())
+    pixels.thumbnail((side, side))
+    found = []
+    for name, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
+        file = io.BytesIO()
+        pixels.save(file, name, **options)
+        found.append(f"data:image/{name};base64,{base64.b64encode(file.getvalue()).decode()}")
+    return f'<img src="{min(found, key=len)}" alt="{escape(alt)}" width="100%">'
 
 
 def shorten(text: str, length: int = 16) -> str:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from mdistiller.errors import DataError, MDistillerError
-from mdistiller.report.markup import Section, paragraph
+from mdistiller.report.markup import Section, from_here, paragraph
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import READING, RunRecord
 from mdistiller.runs.folder import CONFIG
@@ -58,15 +59,15 @@ def register_sections(task: str, sections: TaskSections) -> None:
 def sections_of(task: str) -> TaskSections:
     """Returns what a task adds to the report. The module `report` of a built-in task is imported for it."""
     package = type(get_task(task)).__module__.rpartition(".")[0]
-    if task not in _SECTIONS and package.startswith("mdistiller.tasks."):
+    if task not in _SECTIONS and package.startswith("mdistiller.tasks.") and find_spec(f"{package}.report"):
         import_module(f"{package}.report")
     return _SECTIONS.get(task, TaskSections())
 
 
 def missing_parts(failures: Sequence[str]) -> list[Section]:
     """Returns a section of sentences, or none."""
-    body = "".join(map(paragraph, dict.fromkeys(failures)))
-    return [Section("missing", "Missing parts", body)] if body else []
+    body = "".join(map(paragraph, dict.fromkeys(map(from_here, failures))))
+    return [Section("missing", "Missing parts", body, folded=len(failures) > 3)] if body else []
 
 
 def no_student(run: RunRecord, error: Exception) -> str:

@@ -109,26 +109,11 @@ def _star(count: int, turn: float, size: float) -> list[tuple[float, float]]:
     return [(size * math.sin(a), -size * math.cos(a)) for a in angles]
 
 
-_PLUS = (
-    (-1, 3),
-    (1, 3),
-    (1, 1),
-    (3, 1),
-    (3, -1),
-    (1, -1),
-    (1, -3),
-    (-1, -3),
-    (-1, -1),
-    (-3, -1),
-    (-3, 1),
-    (-1, 1),
-)
 _SHAPES: dict[str, Sequence[tuple[float, float]]] = {
     "square": _star(4, math.pi / 4, 1.25),
     "diamond": _star(4, 0, 1.3),
     "up": _star(3, 0, 1.45),
     "down": _star(3, math.pi, 1.45),
-    "plus": [(x * 0.4, y * 0.4) for x, y in _PLUS],
 }
 
 

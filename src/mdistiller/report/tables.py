@@ -1,16 +1,15 @@
 """Tables of the report: metrics of the rows, different settings, and commands that repeat the runs."""
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
 from mdistiller.report.markup import (
-    LONG,
     Section,
-    folded,
+    from_here,
     html_table,
+    long_table,
     paragraph,
     sortable,
     text_table,
@@ -91,10 +90,12 @@ def headline(page: PageRows) -> Section:
         f"{metric.sentence[0].upper()}{metric.sentence[1:]} at the last and at the best epoch, mean ± "
         "standard deviation over seeds. The best epoch is picked on the test set, so it is optimistic. "
         f"Δ: last epoch minus that of the same student alone, and minus the teacher's{points}. "
-        "Seconds: one whole run. Extra: parameters that the method trains besides the student's."
+        "Seconds: one whole run."
     )
     lines = [_values(row) for row in page.rows]
     columns = [c for c in _columns(metric) if any(values[c.name] for values in lines)]
+    if columns[-1].head == "extra":
+        note += " Extra: parameters that the method trains besides the student's."
     body = _sortable_table(columns, lines, "Table of metrics", "accuracy-table")
     return Section("accuracy", f"{metric.title} and cost", body + paragraph(note, "note"))
 
@@ -128,7 +129,7 @@ def _sortable_table(
             cells.append(f'data-value="{escape(str(key))}">{escape(column.text(values))}')
         lines.append([f'<th scope="row" {cells[0]}</th>', *(f"<td {cell}</td>" for cell in cells[1:])])
     table = html_table(sortable(column.head for column in columns), lines, label, name=name)
-    return folded(f"{len(rows)} rows", table, unfolded=len(rows) <= LONG)
+    return long_table(table, len(rows), "rows")
 
 
 def settings(groups: Mapping[str, Sequence[RunRecord]]) -> list[Section]:
@@ -145,11 +146,6 @@ def settings(groups: Mapping[str, Sequence[RunRecord]]) -> list[Section]:
     return [Section("settings", "Different settings", body + paragraph(note, "note"), folded=True)]
 
 
-def _from_here(path: str) -> str:
-    """Returns a path below the current folder relative to it, and anything else as it is."""
-    return path.removeprefix(os.path.join(os.getcwd(), ""))
-
-
 def making(runs: Sequence[RunRecord], *, more: str) -> Section:
     """Returns hardware, versions, the commands that repeat the runs, and the command that adds `more`."""
     env = runs[0].env
@@ -159,9 +155,9 @@ def making(runs: Sequence[RunRecord], *, more: str) -> Section:
     if env.commit:
         made += f" at {env.commit[:12]}"
     commands = "\n".join(
-        f"mdistiller train {shlex.quote(_from_here(str(run.path / CONFIG)))}"
+        f"mdistiller train {shlex.quote(from_here(str(run.path / CONFIG)))}"
         if run.is_trained
-        else shlex.join(map(_from_here, run.env.command))
+        else shlex.join(map(from_here, run.env.command))
         for run in runs
     )
     body = paragraph(f"{made}. To repeat:") + f'<pre tabindex="0">{escape(commands)}</pre>'

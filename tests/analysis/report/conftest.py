@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from mdistiller.methods import list_methods
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.launch import train
 
@@ -38,6 +43,59 @@ def real_runs(tmp_path_factory) -> list[Path]:
         run("alone", "resnet8"),
         *(run(f"dkd-s{seed}", "resnet8", seed=seed, **taught) for seed in (0, 1)),
     ]
+
+
+@pytest.fixture(scope="session")
+def many_rows(real_runs, tmp_path_factory) -> list[Path]:
+    """Run folders of forty rows: two teachers, the student alone, and 37 methods with one to three seeds.
+
+    They are copies of the real runs with other metrics.
+    """
+    root, random = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
+    config = json.loads((real_runs[0] / "config.json").read_text())
+    config |= {"student": {"name": "resnet20"}, "epochs": 1, "out": str(root / "trained")}
+    train(ClassificationConfig.model_validate(config))
+    trained = {"resnet20": root / "trained", "resnet14": real_runs[0]}
+    teachers = {"resnet20": 63.4, "resnet14": 62.8}
+
+    def copy(run: Path, name: str, top1: float, edit: Callable[[dict[str, Any]], object]) -> Path:
+        folder = shutil.copytree(run, root / name)
+        config = json.loads((folder / "config.json").read_text())
+        edit(config)
+        (folder / "config.json").write_text(json.dumps(config))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        evaluation = next(line for line in lines if line["kind"] == "eval")
+        lines.remove(evaluation)
+        first = [line for line in lines if line["kind"] == "train"]
+        later = [{**line, "step": line["step"] + 4, "loss": line["loss"] / 2} for line in first]
+        evaluations = [
+            {**evaluation, "epoch": epoch, "top1": top1 - 5 / epoch, "best_top1": top1} for epoch in (1, 2, 3)
+        ]
+        evaluations[-1]["top1"] = top1
+        for images in (line["diagnostics"]["test"] for line in evaluations if line.get("diagnostics")):
+            if "teacher_top1" in images:
+                images["teacher_top1"] = teachers[config["teacher"]["name"]]
+        last = [line for line in lines if line["kind"] == "summary"]
+        text = "".join(json.dumps(line) + "\n" for line in (*first, *later, *evaluations, *last))
+        (folder / "metrics.jsonl").write_text(text)
+        return folder
+
+    found = [copy(real_runs[1], "alone", 41.0, lambda config: None)]
+    folders = {}
+    for model, top1 in teachers.items():
+        folders[model] = copy(trained[model], model, top1, lambda config: None)
+    methods = ["kd", "dkd", *(m for m in list_methods() if m not in ("none", "kd", "dkd"))]
+    pairs = [("resnet20", m) for m in methods[:19]] + [("resnet14", m) for m in methods[:18]]
+    for i, (model, method) in enumerate(pairs):
+        for seed in range(1 + i % 3):
+
+            def edit(config, model=model, method=method, seed=seed):
+                config["teacher"].update(name=model, checkpoint=str(folders[model]))
+                config |= {"seed": seed, "method": {"name": method}}
+
+            name = f"{method}-{model}-{seed}"
+            found.append(copy(real_runs[2], name, 40 + i / 2 + random.normal(0, 0.5), edit))
+    return [*found, *folders.values()]
 
 
 @pytest.fixture

@@ -122,6 +122,27 @@ def test_other_cases(rows_of, write_run):
             assert sentence == expected, name
 
 
+def test_the_sentence_is_about_finished_runs_of_one_teacher(write_run):
+    def rows(*, finished: bool) -> PageRows:
+        where = "done" if finished else "open"
+        folders = [write_run(f"{where}-alone", [60.0], method="none")]
+        for teacher, method, top1, ended in (
+            *(("resnet20", "dkd", 80.0, finished), ("resnet20", "at", 75.0, finished)),
+            *(("resnet14", "kd", 79.0, finished), ("resnet20", "crd", 95.0, False)),
+        ):
+            name = f"{where}-{method}-{teacher}"
+            folders.append(write_run(name, [top1], method=method, teacher={"name": teacher}, finished=ended))
+        return PageRows.of([load_run(folder) for folder in folders])
+
+    done = only_answer(rows(finished=True))
+    # KD has another teacher, and CRD has not finished.
+    assert done.sentence == "DKD from resnet20 80.0 %, 5.0 points above AT from resnet20 (n = 1, so no test)."
+    assert done.note.endswith("1 run under way.")
+    under_way = only_answer(rows(finished=False))
+    assert under_way.sentence == "CRD from resnet20 is at 95.0 % so far; no method has finished."
+    assert (under_way.against, under_way.p, under_way.closed) == (None, None, None)
+
+
 def test_the_teachers_metric_from_its_run(write_run, tmp_path):
     """Without diagnostics; that run is in no contest."""
     folders = [
@@ -134,7 +155,7 @@ def test_the_teachers_metric_from_its_run(write_run, tmp_path):
     assert contest.teachers == {"teacher": 97.0}
     assert [row.label for row in contest.rows] == ["DKD", "student alone"]
     assert answer(contest, rows.groups).closed == pytest.approx(100 * 10 / 17)
-    assert list(rows.groups) == ["DKD", "student alone", "teacher"]
+    assert [row.label for row in rows.rows] == ["DKD", "student alone", "teacher"]
 
 
 def test_each_student_has_its_contest(write_run):
@@ -145,7 +166,7 @@ def test_each_student_has_its_contest(write_run):
     ]
     rows = PageRows.of([load_run(folder) for folder in folders])
     assert [(c.student, len(c.rows)) for c in rows.contests] == [("resnet8", 2), ("resnet14", 1)]
-    assert list(rows.groups) == ["resnet8 alone", "DKD into resnet8", "DKD into resnet14"]
+    assert [row.label for row in rows.rows] == ["resnet8 alone", "DKD into resnet8", "DKD into resnet14"]
 
 
 def test_many_methods_and_an_open_choice(rows_of):
@@ -168,7 +189,7 @@ def test_at_most_eight_rows_are_shown_first(rows_of):
     methods = [m for m in list_methods() if m not in ("none", "kd", "dkd")][:15]
     values = {m: [60.0 + i] for i, m in enumerate(methods)} | {"none": [50.0], "kd": [51.0], "dkd": [52.0]}
     rows = rows_of(values, teacher=None)
-    shown = {*rows.shown}
+    shown = set(rows.shown)
     best = {method_title(m) for m in methods[-5:]}
     assert shown == {"student alone", "KD", "DKD", *best}
 

@@ -22,7 +22,7 @@ from mdistiller.runs.progress import counted
 from mdistiller.types import Metric
 
 TOP1 = {"none": [[40.0, 50.0, 55.5], [42.0, 51.0, 54.5]], "dkd": [[50.0, 60.0, 66.0], [48.0, 62.0, 63.0]]}
-LABELS = ("student alone", "DKD")
+LABELS = ("DKD", "student alone")
 
 
 @pytest.fixture
@@ -65,13 +65,15 @@ class Page(HTMLParser):
 
 def test_table_on_the_page(runs, tmp_path):
     page = Page(write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8"))
-    # Without a column that is empty: the teacher's metric, parameters besides the student's.
     start = page.rows.index(
-        ["run", "seeds", "last, %", "best, %", "Δ baseline", "seconds", "ms/step", "parameters"]
+        [
+            *("run", "seeds", "last, %", "best, %", "Δ baseline", "seconds", "ms/step"),
+            "parameters",
+        ]
     )
     assert page.rows[start + 1 : start + 3] == [
-        [LABELS[1], "2", "64.50 ± 2.12", "64.50 ± 2.12", "+9.50", "3.0", "10.0", "78,042"],
-        [LABELS[0], "2", "55.00 ± 0.71", "55.00 ± 0.71", "–", "3.0", "10.0", "78,042"],
+        [LABELS[0], "2", "64.50 ± 2.12", "64.50 ± 2.12", "+9.50", "3.0", "10.0", "78,042"],
+        [LABELS[1], "2", "55.00 ± 0.71", "55.00 ± 0.71", "–", "3.0", "10.0", "78,042"],
     ]
 
 
@@ -96,8 +98,7 @@ def test_one_is_not_plural(runs, tmp_path, count, text):
     assert f"later ({text}); torch" in page
 
 
-def test_title_notes_and_how_it_was_made(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_title_notes_and_how_it_was_made(runs, tmp_path):
     text = write_report(
         runs[:1], tmp_path / "a b.html", title="Tom & <b>Jerry</b>", notes=["5 < 6", "an 'other'"]
     ).read_text(encoding="utf-8")
@@ -106,8 +107,8 @@ def test_title_notes_and_how_it_was_made(runs, tmp_path, monkeypatch):
     assert "<p>5 &lt; 6</p>\n<p>an &#x27;other&#x27;</p>" in text
     assert "A CPU &lt;of&gt; 1994 &amp; later (2 threads); torch 2.6.0, " in text
     assert "mdistiller 0.1.0 at 0123456789ab. To repeat" in text
-    assert "mdistiller train none-s0/config.json" in html.unescape(text)
-    assert str(tmp_path) not in text
+    command = f"mdistiller train {runs[0] / 'config.json'}"
+    assert command in html.unescape(text)
 
 
 def test_default_title(runs, tmp_path):
@@ -171,7 +172,7 @@ def test_every_drawing_is_well_formed_and_inside_its_canvas(runs, tmp_path):
 def test_labels_are_escaped(write_run, tmp_path, monkeypatch):
     """A row's name may hold anything: a folder, a plug-in's model."""
     bad = '</pre><script>alert("1")</script>&\'<b>'
-    monkeypatch.setattr("mdistiller.report.runs.method_title", lambda name: bad)
+    monkeypatch.setattr("mdistiller.report.runs.method_title", lambda method: bad)
     folders = [write_run("a", [50.0, 51.0]), write_run("b", [60.0, 61.0], epochs=3)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -180,10 +181,9 @@ def test_labels_are_escaped(write_run, tmp_path, monkeypatch):
     assert len([row for row in numbers(text, "ranking") if row[0].startswith(bad)]) == 2
 
 
-def test_each_row_has_its_own_frame_of_losses(runs, tmp_path):
-    """Losses of methods with other terms and weights do not compare."""
+def test_losses_that_do_not_compare_are_in_frames_of_their_own(runs, tmp_path):
     text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
-    for i, label in enumerate(LABELS[::-1]):
+    for i, label in enumerate(LABELS):
         head, *lines = numbers(text, f"loss-{i}")
         assert head == ["step", label]
         np.testing.assert_allclose(np.array(lines, float), [[10, 1], [20, 0.5], [30, 1 / 3]], atol=1e-4)
@@ -192,25 +192,24 @@ def test_each_row_has_its_own_frame_of_losses(runs, tmp_path):
 
 
 def test_curves_are_the_runs_metrics(runs, tmp_path):
-    """Test accuracy at each epoch, mean over seeds."""
+    """Mean over seeds of test accuracy at each epoch."""
     text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
     head, *lines = numbers(text, "accuracy-curves")
-    assert head == ["epoch", *LABELS[::-1]]
+    assert head == ["epoch", *LABELS]
     np.testing.assert_allclose(np.array(lines, float), [[1, 49, 41], [2, 61, 50.5], [3, 64.5, 55]])
     for svg in drawings(text, "accuracy-curves"):
         rows = drawn_rows(svg)
-        assert list(rows) == list(LABELS[::-1])
+        assert list(rows) == list(LABELS)
         # Heights in the drawing are proportional to the values; the band spans the seeds.
-        ends, tops = {}, {}
+        ends = {}
         for label, row in rows.items():
             (line,) = [p for p in row.iter("path") if p.get("class") == "curve"]
             (band,) = [p for p in row.iter("path") if p.get("class") == "band"]
             ends[label] = points(line.get("d"))[-1]
             high, low = points(band.get("d"))[2], points(band.get("d"))[3]
             assert high[1] < ends[label][1] < low[1]
-            tops = {**tops, label: high[1]}
-        scale = (ends[LABELS[0]][1] - ends[LABELS[1]][1]) / (64.5 - 55)
-        assert tops[LABELS[1]] == pytest.approx(ends[LABELS[1]][1] - 1.5 * scale, abs=0.2)
+        scale = (ends[LABELS[1]][1] - ends[LABELS[0]][1]) / (64.5 - 55)
+        assert high[1] == pytest.approx(ends[LABELS[1]][1] - 0.5 * scale, abs=0.2)
     assert len({look.get("stroke") for look in svg.iter("path") if look.get("class") == "curve"}) == 2
 
 
@@ -235,7 +234,7 @@ def test_at_most_eight_rows_are_drawn_at_first(write_run, tmp_path):
         rows = drawn_rows(svg)
         assert len(rows) == 12
         assert sum("off" in row.get("class") for row in rows.values()) == 4
-    assert len(re.findall(r'id="loss-\d+"', text)) == 8
+    assert [f'id="loss-{i}"' in text for i in range(9)] == [True] * 8 + [False]
     pressed = re.findall(r'aria-pressed="(\w+)" data-row', text.split('class="legend"')[1].split("</div>")[0])
     assert (pressed.count("true"), pressed.count("false")) == (8, 4)
     ranking = drawings(text, "ranking")
@@ -243,33 +242,73 @@ def test_at_most_eight_rows_are_drawn_at_first(write_run, tmp_path):
 
 
 def test_the_ranked_chart(runs, write_run, tmp_path):
-    """Single seeds; from three seeds on the mean and the interval of scipy."""
+    """Single seeds; from three seeds on their mean and the interval of scipy. The teacher is a row."""
     stats = pytest.importorskip("scipy.stats")
-    third = write_run("none-s2", [41.0, 50.0, 56.5], method="none", seed=2)
-    text = write_report([*runs, third], tmp_path / "page.html").read_text(encoding="utf-8")
+    known = [{"test": {"teacher_top1": 60.0}}]
+    third = write_run("dkd-s2", [65.0], seed=2, diagnostics=known)
+    others = [
+        write_run(f"d{seed}", [seed[-1]], seed=i, diagnostics=known) for i, seed in enumerate(TOP1["dkd"])
+    ]
+    text = write_report([*runs[:2], *others, third], tmp_path / "page.html").read_text(encoding="utf-8")
     head, *lines = numbers(text, "ranking")
     assert head == ["row", "n", "mean", "std", "low95", "high95", "value1", "value2", "value3"]
-    assert [line[0] for line in lines] == list(LABELS[::-1])
-    two, three = ([seed[-1] for seed in TOP1[method]] for method in ("dkd", "none"))
-    three.append(56.5)
-    assert lines[0][4:6] == ["", ""]
-    expected = [2, np.mean(two), np.std(two, ddof=1), *two]
-    np.testing.assert_allclose([float(x) for x in lines[0][1:] if x], expected)
-    interval = stats.t.interval(0.95, 2, np.mean(three), stats.sem(three))
-    expected = [3, np.mean(three), np.std(three, ddof=1), *interval, *three]
-    np.testing.assert_allclose([float(x) for x in lines[1][1:]], expected)
+    assert [line[0] for line in lines] == [*LABELS, "teacher"]
+    values = {"DKD": [66.0, 63.0, 65.0], "student alone": [55.5, 54.5]}
+    for line, own in zip(lines, values.values(), strict=False):
+        interval = stats.t.interval(0.95, 2, np.mean(own), stats.sem(own)) if len(own) > 2 else []
+        expected = [len(own), np.mean(own), np.std(own, ddof=1), *interval, *own]
+        np.testing.assert_allclose([float(x) for x in line[1:] if x], expected)
     for svg in drawings(text, "ranking"):
         rows = drawn_rows(svg)
-        seeds, means, bars = {}, {}, {}
-        for label, row in rows.items():
-            circles = list(row.iter("circle"))
-            seeds[label] = [float(c.get("cx")) for c in circles if c.get("class") == "seed"]
-            means[label] = [float(c.get("cx")) for c in circles if c.get("class") is None]
-            bars[label] = [part for part in row.iter() if part.get("class") == "bar"]
-        assert {label: len(found) for label, found in seeds.items()} == {LABELS[1]: 2, LABELS[0]: 3}
-        assert (means[LABELS[1]], bars[LABELS[1]]) == ([], [])
-        assert means[LABELS[0]] == pytest.approx([np.mean(seeds[LABELS[0]])], abs=0.2)
-        assert len(bars[LABELS[0]]) == 1
+        assert list(rows) == ["DKD", "teacher", "student alone"]  # by their metrics
+        for label, own in values.items():
+            seeds = [float(c.get("cx")) for c in rows[label].iter("circle") if c.get("class") == "seed"]
+            means = [float(c.get("cx")) for c in rows[label].iter("circle") if c.get("class") is None]
+            bars = [p for p in rows[label].iter("path") if p.get("class") == "bar"]
+            assert len(seeds) == len(own)
+            assert (len(means), len(bars)) == ((1, 1) if len(own) > 2 else (0, 0))
+            for mean in means:
+                assert mean == pytest.approx(np.mean(seeds), abs=0.2), label
+
+
+def test_a_row_has_one_name(runs, tmp_path):
+    """In the answer, the charts with their labels, numbers and legends, and the tables."""
+    text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "DKD 64.5 ± 2.1\u00a0%" in text.replace("\u00a0±\u00a0", " ± ")
+    assert "above the student alone" in text
+    for other in ("dkd: ", "baseline: ", "resnet8 alone"):
+        assert other not in text
+    for svg in drawings(text, "ranking"):
+        assert {row.find("text").text for row in drawn_rows(svg).values()} == set(LABELS)
+    legend = text.split('class="legend"')[1].split("</div>")[0]
+    assert re.findall(r"</svg>([^<]+)</button>", legend) == list(LABELS)
+    rows = [cells[0] for cells in Page(text).rows]
+    assert set(rows) == {"run", "row", *LABELS}
+
+
+def test_what_few_readers_need_is_folded(runs, tmp_path):
+    text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    for name in ("settings", "made"):
+        section = text.split(f'<section aria-labelledby="{name}">')[1].split("</section>")[0]
+        assert section.startswith(f'<details><summary><h2 id="{name}">')
+        assert section.endswith("</details>")
+    assert '<section aria-labelledby="published">' not in text  # no recipe, and so no empty table
+
+
+def test_paths_are_relative(write_run, tmp_path, monkeypatch):
+    """The page may be sent to others, and tells nobody where its author keeps her files."""
+    teachers = [write_run(name, [70.0], method="none", student={"name": "resnet20"}) for name in ("t1", "t2")]
+    students = [
+        write_run(f"d{i}", [60.0], teacher={"name": "resnet20", "checkpoint": str(folder)})
+        for i, folder in enumerate(teachers)
+    ]
+    monkeypatch.chdir(tmp_path.parent)
+    page = write_report([*teachers, *students], tmp_path / "page.html", images=20)
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    assert "teacher.checkpoint t1" in text
+    assert f"mdistiller train {tmp_path.name}/d0/config.json" in text
+    assert "Missing parts" in text
+    assert str(tmp_path) not in text
 
 
 def diagnostics(values: list[float]) -> list[dict[str, Any]]:
@@ -289,9 +328,9 @@ def test_what_is_transferred_over_time(write_run, tmp_path):
         write_run("old", [1.0, 2.0], method="kd"),
     ]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
-    assert numbers(text, "test-tckd") == [["epoch", LABELS[1]], ["1", "5"], ["2", "2.5"]]
+    assert numbers(text, "test-tckd") == [["epoch", LABELS[0]], ["1", "5"], ["2", "2.5"]]
     head, *lines = numbers(text, "train-p_t")
-    assert head == ["epoch", LABELS[1], "teacher"]
+    assert head == ["epoch", LABELS[0], "teacher"]
     assert lines == [["1", "0.25", "0.8"], ["2", "0.125", "0.8"]]
     assert len(numbers(text, "test-agreement")[0]) == 2
     for absent in ("test-nckd", "test-gap", "train-ece"):
@@ -310,13 +349,18 @@ def test_settings_that_differ(write_run, tmp_path):
     ]
     page = Page(write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8"))
     start = page.rows.index(["row", "settings that differ between rows"])
-    found = {row[0]: row[1] for row in page.rows[start + 1 : start + 3]}
-    assert "optim.lr 0.1" in found[LABELS[1]].split(" · ")
-    assert {"optim.lr 0.05", "data.train_limit 9"} <= {*found["KD"].split(" · ")}
-    assert "train_limit" not in found[LABELS[1]]
-    assert "method.beta 8" in found[LABELS[1]].split(" · ")
-    named = {text.split()[0] for row in found.values() for text in row.split(" · ")}
-    assert not {"seed", "out", "epochs", "student.name", "data.kind", "method.name"} & named
+    found = {
+        row: dict(setting.split(" ", 1) for setting in settings.split(" · "))
+        for row, settings in page.rows[start + 1 :]
+    }
+    assert set(found) == {LABELS[0], "KD"}
+    assert (found["DKD"]["optim.lr"], found["KD"]["optim.lr"]) == ("0.1", "0.05")
+    assert (found["DKD"].get("data.train_limit"), found["KD"]["data.train_limit"]) == (None, "9")
+    assert (found["DKD"]["method.beta"], found["KD"].get("method.beta")) == ("8", None)
+    assert not {"seed", "out", "epochs", "student.name", "method.name", "data.kind"} & {
+        *found["DKD"],
+        *found["KD"],
+    }
     same = write_report(folders[:2], tmp_path / "same.html").read_text(encoding="utf-8")
     assert "Different settings" not in same
 
@@ -334,13 +378,13 @@ def test_published_runs_of_the_recipes(write_run, tmp_path):
     ]
     page = Page(write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8"))
     start = page.rows.index(["run", "published, %", "origin", "this run"])
-    first, second = page.rows[start + 1 : start + 3]
+    first = page.rows[start + 1]
     assert first[1] == "74.68 (best)"
     assert first[2].startswith("megvii-research/mdistiller@a08d46f:configs/cifar100/dkd/")
     # The folder is written with DKD's default β.
     assert first[3] == "epochs 60 for 240; drops 37.5, 45, 52.5 for 150, 180, 210; method.beta 8 for 6"
-    # The next table: a recipe without a published figure has no row, nor has one of a plug-in.
-    assert second[0] == "row"
+    # The next table: an unpublished recipe and one of a plug-in have no row.
+    assert page.rows[start + 2] == ["row", "settings that differ between rows"]
 
 
 def test_a_run_of_one_epoch_and_one_under_way(write_run, tmp_path):
@@ -397,7 +441,7 @@ def test_a_student_that_was_evaluated_only(write_run, tmp_path):
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
     (own,) = [row for row in page.rows if row[0] == "resnet8, evaluated" and len(row) == 7]
-    assert own[4:6] == ["–", "–"]  # seconds, ms/step
+    assert own[-3:-1] == ["–", "–"]
     assert "Resnet8, evaluated 66.0\u00a0%, 16.0 points above the student alone" in text
 
 
@@ -436,7 +480,7 @@ def test_a_longer_run_does_not_rule_the_axis(write_run, tmp_path):
     """A teacher's loss over many more steps, beside that of a student."""
     folders = [write_run("t", [50.0] * 40, method="none"), write_run("s", [50.0] * 4)]
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
-    for svg in drawings(text, "loss-0") + drawings(text, "loss-1"):
+    for svg in (*drawings(text, "loss-0"), *drawings(text, "loss-1")):
         height = float(svg.get("viewBox").split()[3])
         for row in drawn_rows(svg).values():
             (line,) = [p for p in row.iter("path") if p.get("class") == "curve"]

@@ -143,8 +143,7 @@ def by_class(
     head = html.sortable(("class", "objects", *results))
     table = html.html_table(head, cells, "Table of AP by class", name="class-ap-table")
     note = f"AP in percent of each row's first seed on {len(images):,} test images. –: no object."
-    title = f"{len(images.categories)} classes"
-    body = html.folded(title, table, unfolded=len(images.categories) <= html.LONG)
+    body = html.long_table(table, len(images.categories), "classes")
     return html.Section("class-ap", "AP by class", body + html.paragraph(note, "note"))
 
 
