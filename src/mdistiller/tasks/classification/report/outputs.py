@@ -16,7 +16,6 @@ from mdistiller.models import ModelConfig
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import RunRecord, find_baseline
 from mdistiller.report.sections import RunOutputs, check_same_images, no_student, part_of
-from mdistiller.runs.progress import counted
 from mdistiller.taps import tap
 from mdistiller.tasks.classification.diagnostics import diagnose
 from mdistiller.tasks.classification.models import build_model, build_teacher
@@ -112,11 +111,6 @@ class ClassifierOutputs(RunOutputs):
                 values.setdefault(name, []).append(value)
         return values
 
-    @property
-    def class_metric(self) -> str:
-        """Name of the metric of `per_class`."""
-        return "Average precision of each class" if self.is_multi_label else "Accuracy of each class"
-
     def per_class(self, label: str) -> np.ndarray:
         """Computes a row's metric of each class in percent, the mean over seeds; NaN without images."""
         assert self.splits is not None
@@ -132,15 +126,6 @@ class ClassifierOutputs(RunOutputs):
         hit = (outputs.logits.argmax(1) == label).double()
         sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, label, hit)
         return (100 * sums / label.bincount(minlength=classes)).numpy()
-
-    def step_of_class(self) -> str:
-        """Returns the number of images of a class, and how much one image changes its metric, in words."""
-        if self.splits is None or self.is_multi_label:
-            return ""
-        counts = next(iter(self.students.values()))[0].label.bincount(minlength=self.splits.num_classes)
-        low, high = int(counts[counts > 0].min()), int(counts.max())
-        between = counted(low, "image") if low == high else f"{low} to {high} images"
-        return f"A class has {between}: one more correct image is up to {100 / low:.1f} points."
 
 
 def _separation(student: Collected) -> dict[str, float]:
