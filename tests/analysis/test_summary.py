@@ -156,6 +156,16 @@ def test_wrong_labels_and_fewer_images_to_learn_from_are_no_other_test(write_run
     assert list(names(folders)) == ["student alone", LABEL]
 
 
+def test_normalization_makes_no_other_baseline(write_run):
+    """A student takes the mean of its teacher's weights; the student alone has the recipe's."""
+    folders = [
+        write_run("a", [50.0], method="none", data={"kind": "digits", "mean": [0.5] * 3}),
+        write_run("b", [60.0], data={"kind": "digits", "mean": [0.485, 0.456, 0.406]}),
+    ]
+    rows = summarize([load_run(path) for path in folders])
+    assert [row.over_baseline for row in rows] == [None, 10.0]
+
+
 def test_a_run_under_way(write_run):
     path = write_run("a", [50.0, 60.0, 55.0], finished=False, ms=10.0)
     with open(path / "metrics.jsonl", "a") as file:

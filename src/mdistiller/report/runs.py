@@ -306,6 +306,7 @@ def _names(label: str, groups: Sequence[Sequence[RunRecord]]) -> list[str]:
 
 READING = ("root", "eval_split", "download", "memory", "memory_limit_gb", "workers", "on_error")
 """Fields of a data config that change how a data set is read, and not its content."""
+NORMALIZING = ("mean", "std")
 
 
 def find_baseline(run: RunRecord, groups: Mapping[str, Sequence[RunRecord]]) -> str | None:
@@ -318,7 +319,7 @@ def find_baseline(run: RunRecord, groups: Mapping[str, Sequence[RunRecord]]) -> 
 
     def trained(other: RunRecord) -> tuple[object, ...]:
         # A run of an earlier version lacks new fields, whose value here is None.
-        data = {k: v for k, v in other.data.items() if k not in READING and v is not None}
+        data = {k: v for k, v in other.data.items() if k not in (*READING, *NORMALIZING) and v is not None}
         return other.student, other.config["student"].get("options"), data
 
     found = {
