@@ -29,7 +29,7 @@ def load_detection(config: DetectionDataConfig) -> DenseSplits[DetectionSet]:
         ConfigError: val_fraction for a set with test images.
     """
     train, test = load_split(config, "train"), load_split(config, "test")
-    check_fraction(config, _paths(train, test), lambda own: _paths(load_split(own, "test")))
+    check_fraction(config, [*train.files, *test.files], lambda own: load_split(own, "test").files)
     if train.categories != test.categories:
         ours, theirs = ([f"{c} {name}" for _, c, name in s.categories] for s in (train, test))
         apart = [", ".join(c for c in a if c not in b) or "none" for a, b in ((ours, theirs), (theirs, ours))]
@@ -39,7 +39,7 @@ def load_detection(config: DetectionDataConfig) -> DenseSplits[DetectionSet]:
         )
     unlabeled = [] if config.unlabeled is None else _unlabeled(config.unlabeled, train)
     more = f", {len(unlabeled):,} unlabeled" * bool(unlabeled)
-    check_apart(config.root, [*_paths(train), *(image.path for image in unlabeled)], _paths(test))
+    check_apart(config.root, [*train.files, *(image.path for image in unlabeled)], test.files)
     objects = sum(len(image.labels) for image in train.images)
     line = (
         f"{config.root.name}: {len(train):,} training images with {objects:,} objects{more}, {len(test):,} "
@@ -47,10 +47,6 @@ def load_detection(config: DetectionDataConfig) -> DenseSplits[DetectionSet]:
     line += f"test images, {len(train.categories)} categories{', masks' if config.masks else ''}"
     train = replace(train, images=(*train.images, *unlabeled))
     return DenseSplits(train=train, test=test, description=line)
-
-
-def _paths(*sets: DetectionSet) -> list[Path]:
-    return [image.path for images in sets for image in images.images]
 
 
 def _unlabeled(folder: Path, labeled: DetectionSet) -> list[ObjectImage]:
