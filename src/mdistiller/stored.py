@@ -118,7 +118,7 @@ class StoredTeacher(Teacher):
                     f"stored outputs: got {len(self):,} rows without names; the data has {len(images):,} "
                     "training images. With the images' file names as `names`, rows may be in any order"
                 )
-            return self._take(torch.arange(len(self)), columns)
+            return self if columns is None else self._take(torch.arange(len(self)), columns)
         if files is None:
             raise ConfigError(
                 "stored outputs: got rows with names, and the data's images are no files; leave the names "
