@@ -5,7 +5,7 @@ random crop is taken from the whole image before it is scaled, as usual for Imag
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from mdistiller.data.cores import Workers, count_workers
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
 from mdistiller.data.decoder import plain, read_pixels, to_square
 from mdistiller.errors import ConfigError, DataError
+from mdistiller.types import IGNORED
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -81,6 +82,12 @@ class EncodedSet(StreamSet):
         pixels = read_pixels(content, name)
         crop_scale = self.crop_scale if self.random_crop else None
         return to_square(pixels, self.resize, self.image_size, crop_scale, seed)
+
+
+def as_encoded(files: Sequence[Path]) -> EncodedSet:
+    """Returns files as a set without labels, for reading them as they are encoded."""
+    labels = torch.full((len(files),), IGNORED)
+    return EncodedSet(samples=np.array(files, dtype=object), labels=labels, image_size=1, resize=1)
 
 
 def sample(images: Sized) -> list[int]:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -77,8 +77,8 @@ def identify(splits: Splits, workers: Workers = "auto") -> dict[str, str]:
     return hashes
 
 
-def hash_all(images: EncodedSet | Sequence[Path], workers: Workers) -> str:
-    """Computes one hash of all encoded images, or files, in their order."""
+def hash_all(images: EncodedSet, workers: Workers) -> str:
+    """Computes one hash of all encoded images in their order."""
     return hashlib.sha256(b"".join(one or bytes(32) for one in hash_files(images, workers))).hexdigest()
 
 
@@ -100,16 +100,15 @@ def count_copies(train: EncodedSet, test: EncodedSet, workers: Workers) -> int:
     return sum(value in known for value in second)
 
 
-def hash_files(images: EncodedSet | Sequence[Path], workers: Workers) -> list[bytes | None]:
-    """Computes the SHA-256 of each encoded image, or file; None for one that cannot be read.
+def hash_files(images: EncodedSet, workers: Workers) -> list[bytes | None]:
+    """Computes the SHA-256 of each encoded image; None for one that cannot be read.
 
     The user's cache folder keeps the hashes of files by path, size and times of change.
     """
 
     def key(index: int) -> bytes:
         try:
-            file = images.file(index) if isinstance(images, EncodedSet) else images[index]
-            if not isinstance(file, Path):
+            if not isinstance(file := images.file(index), Path):
                 return b""
             facts = file.stat()
         except OSError:
@@ -121,9 +120,7 @@ def hash_files(images: EncodedSet | Sequence[Path], workers: Workers) -> list[by
 
     def compute(index: int) -> bytes | None:
         try:
-            if isinstance(images, EncodedSet):
-                return hashlib.sha256(images.encoded(index).numpy().data).digest()
-            return hashlib.sha256(images[index].read_bytes()).digest()
+            return hashlib.sha256(images.encoded(index).numpy().data).digest()
         except OSError:
             return None
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from mdistiller.config import RunConfig, find_field
 from mdistiller.data.cores import Workers
+from mdistiller.data.encoded import as_encoded
 from mdistiller.data.identity import COMPARED, hash_all
 from mdistiller.data.labels import stratified_cut
 from mdistiller.errors import ConfigError, DataError, MDistillerError
@@ -203,7 +204,7 @@ class DenseSet(Protocol):
 
     @property
     def labels(self) -> Iterator[object]:
-        """What the files do not tell, for each image, as plain values."""
+        """Facts beside the files, as plain values: sizes, boxes and classes, or the values of masks."""
 
 
 Images = TypeVar("Images")
@@ -262,7 +263,11 @@ class DenseTask(Task[C, DenseSplits[Images], B]):
             labels.update(repr(label).encode())
         parts = {"training images": train.files, "test images": test.files}
         workers = config.data.workers
-        found = {name: hash_all(files, workers) for name, files in parts.items() if len(files) <= COMPARED}
+        found = {
+            name: hash_all(as_encoded(files), workers)
+            for name, files in parts.items()
+            if len(files) <= COMPARED
+        }
         return {"labels": labels.hexdigest(), **found}
 
     def make_evaluator(
