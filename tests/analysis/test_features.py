@@ -12,7 +12,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 import mdistiller
-from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data, make_loader
+from mdistiller.data import DataConfig, load_data
+from mdistiller.data.loader import PlainBatches
 from mdistiller.errors import DataError, UnknownNameError
 from mdistiller.tasks.classification.report.measures import separability
 from mdistiller.tasks.classification.report.outputs import collect
@@ -30,9 +31,8 @@ def test_collect_is_the_model_asked_by_hand():
     torch.manual_seed(0)
     model = mdistiller.create_model("resnet8", num_classes=10).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).eval()
-    loader = make_loader(splits.test, 8, device="cpu", shuffle=False)
-    found = collect(model, loader.epoch(0), prepare)
+    batches = PlainBatches(splits.test, splits, 8, device="cpu")
+    found = collect(model, batches)
 
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -47,7 +47,7 @@ def test_collect_is_the_model_asked_by_hand():
     head = next(m for m in model.modules() if isinstance(m, nn.Linear))
     torch.testing.assert_close(head(found.features), found.logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(UnknownNameError):
-        collect(model, loader.epoch(0), prepare, feature="poled")
+        collect(model, batches, feature="poled")
 
 
 def test_knn_is_leave_one_out(digits):

@@ -1,6 +1,6 @@
 """Outputs of the runs' students and teachers on the same test images."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,7 +10,8 @@ from jaxtyping import Float32, Int
 from torch import Tensor, nn
 
 from mdistiller.config import SELF
-from mdistiller.data import Augment, AugmentConfig, DataConfig, Splits, load_data, make_loader
+from mdistiller.data import DataConfig, Splits, load_data
+from mdistiller.data.loader import PlainBatches
 from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.report.page_rows import PageRows
@@ -40,19 +41,12 @@ class Collected(NamedTuple):
 
 
 @torch.no_grad()
-def collect(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    prepare: Callable[[Batch], Batch],
-    *,
-    feature: str = "pooled",
-) -> Collected:
+def collect(model: nn.Module, batches: Iterable[Batch], *, feature: str = "pooled") -> Collected:
     """Collects logits and one feature of a model in evaluation mode, which is put back afterwards.
 
     Args:
         model: returns logits [B, classes]; on the device of the batches.
-        batches: raw batches, such as an epoch of `make_loader`.
-        prepare: converts a raw batch to normalized images.
+        batches: normalized images, such as `PlainBatches`.
         feature: name of the tap; each image's feature is flattened.
 
     Raises:
@@ -62,8 +56,7 @@ def collect(
     tapped = tap(model.eval(), [feature])
     found: list[tuple[Tensor, ...]] = []
     try:
-        for raw in batches:
-            batch = prepare(raw)
+        for batch in batches:
             logits, features = tapped(batch.image)
             pooled = features[feature].flatten(1)
             found.append((logits.float().cpu(), pooled.float().cpu(), batch.label.cpu()))
@@ -151,15 +144,14 @@ def run_models(rows: PageRows, images: int, device: str = "auto") -> ClassifierO
     except (MDistillerError, OSError) as error:
         found.failures.append(f"The test images cannot be read: {error}")
         return found
-    prepare = Augment(AugmentConfig(), splits.mean, splits.std, splits.num_classes).to(target).eval()
-    loader = make_loader(splits.test, BATCH, device=target, shuffle=False, workers=config.workers)
+    batches = PlainBatches(splits.test, splits, BATCH, workers=config.workers, device=target)
     known: dict[tuple[bool, str], Collected] = {}
 
     def outputs(model: ModelConfig, *, is_teacher: bool = False) -> Collected:
         key = is_teacher, model.model_dump_json()  # a teacher may see other images than as a student
         if key not in known:
             module = build_teacher(model, splits) if is_teacher else build_model(model, splits.num_classes)
-            known[key] = collect(module.to(target), loader.epoch(0), prepare)
+            known[key] = collect(module.to(target), batches)
         return known[key]
 
     for label, runs in groups.items():
