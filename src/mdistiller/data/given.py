@@ -208,9 +208,9 @@ def _as_labels(values: object, count: int, split: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"data: labels of {split} are no tensor: {error}") from error
     if labels.ndim == 2 and len(labels) == count and labels.shape[1] > 1:
-        values = labels.float()
-        if torch.isin(values, torch.tensor([0.0, 1.0, IGNORED])).all():
-            return values
+        several = labels.float()
+        if torch.isin(several, torch.tensor([0.0, 1.0, IGNORED])).all():
+            return several
     elif labels.shape == (count,) and not (labels.is_floating_point() or labels.dtype == torch.bool):
         return labels.long()
     raise ConfigError(
@@ -274,10 +274,8 @@ def _read_pixels(items: Items, index: int, split: str) -> Pixels:
 def _label(value: object, name: str) -> int | list[float]:
     if value is None:
         return IGNORED
-    if (
-        isinstance(value, list | tuple | np.ndarray | Tensor)
-        and len(several := np.asarray(value).ravel()) > 1
-    ):
+    several = np.ravel(value) if isinstance(value, list | tuple | np.ndarray | Tensor) else ()
+    if len(several) > 1:
         return [float(each) for each in several]
     number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
     if isinstance(number, bool) or not isinstance(number, int):

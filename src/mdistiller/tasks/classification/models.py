@@ -54,7 +54,8 @@ def _input_of_weights(model: ModelConfig, *, by_name: bool = False) -> InputConf
         if metadata := read_metadata(model.checkpoint):
             mean, std = (tuple(metadata[name]) if name in metadata else None for name in ("mean", "std"))
             return InputConfig(mean, std, metadata.get("image_size"))
-    if not (by_name if model.checkpoint is not None else is_pretrained(model.options)):
+    is_known = is_pretrained(model.options) if model.checkpoint is None else by_name
+    if not is_known:
         return InputConfig()
     check_model_name(model.name)
     return input_config(model.name, model.options) or InputConfig()

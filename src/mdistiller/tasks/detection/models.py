@@ -19,6 +19,7 @@ from mdistiller.tasks.detection.detr import create_detr
 from mdistiller.tasks.detection.detr_config import CLASSES, FOLDERS, PREFIX, kind_of, resolve
 
 _CHANNELS = 256
+_SIDES = ("short_side", "long_side", "min_size", "max_size")
 
 
 class _Backbone(NamedTuple):
@@ -217,26 +218,24 @@ def _check_values(name: str, options: Mapping[str, object], detector_class: type
     taken = {**own, **inspect.signature(detector_class).parameters}
     for option, value in options.items():
         default = taken[option].default if option in taken else None
-        values: list[Any] = [value]
-        needed = "a whole number" if isinstance(default, int) else "a number"
-        lowest = 1 if option in ("short_side", "long_side", "min_size", "max_size") else 0
+        several = list(value) if isinstance(value, list | tuple) else None
         if option in ("image_mean", "image_std"):
-            default, needed = 0.0, "three numbers"
-            values = (
-                [0.0]
-                if value is None
-                else [*value]
-                if isinstance(value, list | tuple) and len(value) == 3
-                else [None]
-            )
-        elif option == "min_size" and isinstance(value, list | tuple):
-            values = [*value]
-        if isinstance(default, int | float) and not all(
-            type(v) in (int, type(default)) and lowest <= v < 2**31 for v in values
-        ):
-            raise ConfigError(
-                f"{option} of detector {name!r}: got {value!r:.60}; allowed: {needed} from {lowest}"
-            )
+            three = several is not None and len(several) == 3 and all(_is_number(v, float) for v in several)
+            fits, needed = value is None or three, "three numbers from 0"
+        elif option in _SIDES:
+            sides = several if several is not None and option == "min_size" else [value]
+            fits, needed = all(_is_number(side, int, lowest=1) for side in sides), "a whole number from 1"
+        elif isinstance(default, int | float):
+            kind = "a whole number" if isinstance(default, int) else "a number"
+            fits, needed = _is_number(value, type(default)), f"{kind} from 0"
+        else:
+            continue
+        if not fits:
+            raise ConfigError(f"{option} of detector {name!r}: got {value!r:.60}; allowed: {needed}")
+
+
+def _is_number(value: Any, kind: type, *, lowest: int = 0) -> bool:
+    return type(value) in (int, kind) and lowest <= value < 2**31
 
 
 def build_detector(config: ModelConfig, num_classes: int, **defaults: int) -> nn.Module:
