@@ -18,7 +18,7 @@ from mdistiller.types import Batch
 CPU = torch.device("cpu")
 NO_BOX = [1, 0, 0, 0]  # its last row lies above the first
 LEVELS = 512
-GREY = (125, 123, 114)
+GRAY = (125, 123, 114)
 
 
 def affine(image, *matrix):
@@ -112,7 +112,7 @@ def test_changes_come_one_after_another_and_then_the_box():
     twice = ours.apply(once, torch.cat([drawn[:, 1:2], nothing, empty], 1))
     for image, changed, (top, left, bottom, right) in zip(found, twice, drawn[:, 2:].tolist(), strict=True):
         drawing = Image.fromarray(changed.numpy())
-        ImageDraw.Draw(drawing).rectangle((left, top, right, bottom), fill=GREY)
+        ImageDraw.Draw(drawing).rectangle((left, top, right, bottom), fill=GRAY)
         assert torch.equal(image, torch.from_numpy(np.array(drawing)))
 
 
@@ -136,7 +136,7 @@ def test_a_box_is_the_authors(size):
         inside = authors_box(*size, side, x, y)
         assert inside.any()
         expected = given[0].permute(1, 2, 0).clone()
-        expected[inside] = torch.tensor(GREY, dtype=torch.uint8)
+        expected[inside] = torch.tensor(GRAY, dtype=torch.uint8)
         assert torch.equal(image, expected)
 
 

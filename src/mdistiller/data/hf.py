@@ -26,7 +26,7 @@ _LABELS = (*LABEL_COLUMNS, "labels", "cls")  # the last one in WebDataset's shar
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DatasetRow:
     """Image in a row of a `datasets.Dataset`."""
 
     rows: "Dataset"  # with the column of images alone, whose items are {"bytes": …, "path": …}
@@ -191,9 +191,9 @@ def _row_set(rows: "Dataset", column: str, labels: Tensor, origin: Path, options
     import pyarrow.compute as pc
 
     images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    samples: list[Row] = []
+    samples: list[DatasetRow] = []
     for part in images.with_format("arrow").iter(batch_size=1000):
         for chunk in part.column(column).chunks:
             for size in pc.binary_length(chunk.field("bytes")).to_pylist():
-                samples.append(Row(images, column, origin, len(samples), size))
+                samples.append(DatasetRow(images, column, origin, len(samples), size))
     return EncodedSet(samples=np.array(samples, dtype=object), labels=labels, **options)

@@ -8,7 +8,7 @@ from zlib import crc32
 from mdistiller.methods import get_method, list_methods
 
 # Okabe and Ito's colors, which suit any color vision, without black and yellow, and more.
-COLOURS = (
+COLORS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5CCB"),
     *("#8C6D31", "#B8383F", "#5F9E1F", "#00A0A8", "#A64CA6", "#6878E8", "#B59A2C"),
 )
@@ -45,9 +45,9 @@ def _bound(method: str) -> tuple[str, int]:
     if method in ("none", ""):
         return (ALONE, 0) if method else (EVALUATED, 2)
     if method in _FIRST:
-        return COLOURS[_FIRST.index(method)], 0
+        return COLORS[_FIRST.index(method)], 0
     code = crc32(method.encode())
-    own = COLOURS[2:]  # KD and DKD are on most pages
+    own = COLORS[2:]  # KD and DKD are on most pages
     return own[code % len(own)], 1 + code // len(own) % (len(SHAPES) - 1)
 
 

@@ -306,7 +306,6 @@ def _names(label: str, groups: Sequence[Sequence[RunRecord]]) -> list[str]:
 
 READING = ("root", "eval_split", "download", "memory", "memory_limit_gb", "workers", "on_error")
 """Fields of a data config that change how a data set is read, and not its content."""
-NORMALIZING = ("mean", "std")
 
 
 def find_baseline(run: RunRecord, groups: Mapping[str, Sequence[RunRecord]]) -> str | None:
@@ -318,8 +317,9 @@ def find_baseline(run: RunRecord, groups: Mapping[str, Sequence[RunRecord]]) -> 
         return None
 
     def trained(other: RunRecord) -> tuple[object, ...]:
-        # A run of an earlier version lacks new fields, whose value here is None.
-        data = {k: v for k, v in other.data.items() if k not in (*READING, *NORMALIZING) and v is not None}
+        # A student has the mean and std of its teacher's images, and the student alone those of its recipe. A
+        # run of an earlier version lacks new fields, whose value here is None.
+        data = {k: v for k, v in other.data.items() if k not in (*READING, "mean", "std") and v is not None}
         return other.student, other.config["student"].get("options"), data
 
     found = {

@@ -6,7 +6,7 @@ from PIL import Image
 from mdistiller.recipes import get_recipe
 
 CLASSES = ("ground", "red", "blue")
-_COLOURS = ((90, 90, 90), (220, 40, 40), (40, 60, 220))
+_COLORS = ((90, 90, 90), (220, 40, 40), (40, 60, 220))
 MODEL = "lraspp_mobilenet_v3_small"
 TEACHER = "fcn_resnet18"
 
@@ -23,7 +23,7 @@ def write_squares(root, split, count, seed=0):
             y, x, side = rng.integers(0, 30), rng.integers(0, 46), rng.integers(16, 26)
             mask[y : y + side, x : x + side] = 255
             mask[y + 1 : y + side - 1, x + 1 : x + side - 1] = number
-        pixels = np.array(_COLOURS)[np.where(mask == 255, 0, mask)] + rng.normal(0, 12, (56, 72, 3))
+        pixels = np.array(_COLORS)[np.where(mask == 255, 0, mask)] + rng.normal(0, 12, (56, 72, 3))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / "JPEGImages" / f"{name}.png")
         drawn = Image.fromarray(mask, mode="L")
         drawn.putpalette([7 * i % 256 for i in range(768)])

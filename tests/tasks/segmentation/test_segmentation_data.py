@@ -24,8 +24,8 @@ from mdistiller.tasks.segmentation.loader import SegmentationLoader, change, cla
 from mdistiller.types import Batch
 
 WHOLE = SegmentationAugmentConfig(crop=(40, 60), scale=(1.0, 1.0), flip=False)
-GREY = (124, 116, 104)
-CENTRE = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+GRAY = (124, 116, 104)
+CENTER = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def config(root, **fields):
@@ -155,7 +155,7 @@ def test_classes_that_do_not_fit(squares, tmp_path):
 
 def test_a_crop_of_the_whole_scale_is_a_part_of_the_image(squares):
     image, mask = load_split(config(squares), "train").read(1)
-    pixels, labels = change(image, mask, WHOLE, draws(3), GREY)
+    pixels, labels = change(image, mask, WHOLE, draws(3), GRAY)
     whole = np.array(image)
     places = [
         (y, x)
@@ -167,8 +167,8 @@ def test_a_crop_of_the_whole_scale_is_a_part_of_the_image(squares):
     y, x = places[0]
     assert np.array_equal(mask[y : y + 40, x : x + 60], labels.numpy())
     mirrored = WHOLE.replace(flip=True)
-    both = [change(image, mask, mirrored, draws(3, seed), GREY)[1] for seed in range(12)]
-    plain = [change(image, mask, WHOLE, draws(3, seed), GREY)[1] for seed in range(12)]
+    both = [change(image, mask, mirrored, draws(3, seed), GRAY)[1] for seed in range(12)]
+    plain = [change(image, mask, WHOLE, draws(3, seed), GRAY)[1] for seed in range(12)]
     is_flipped = [not torch.equal(a, b) for a, b in zip(both, plain, strict=True)]
     assert 0 < sum(is_flipped) < 12
     assert all(torch.equal(a.flip(1), b) for a, b, f in zip(both, plain, is_flipped, strict=True) if f)
@@ -188,10 +188,10 @@ def test_image_and_mask_stay_together_at_any_scale():
 
 def test_a_smaller_image_is_padded_with_ignored_pixels():
     image, mask = Image.new("RGB", (10, 8), (9, 9, 9)), np.ones((8, 10), np.uint8)
-    pixels, labels = change(image, mask, WHOLE, draws(0), GREY)
+    pixels, labels = change(image, mask, WHOLE, draws(0), GRAY)
     assert labels[:8, :10].eq(1).all()
     assert labels.eq(255).sum() == 40 * 60 - 80
-    assert pixels[:, 20, 20].tolist() == list(GREY)
+    assert pixels[:, 20, 20].tolist() == list(GRAY)
     assert scaled(image, 4).size == (5, 4)
     assert class_ids(labels)[-1, -1] == -100
 
@@ -202,7 +202,7 @@ def test_batches_are_the_same_from_any_step_and_for_any_workers(squares):
 
     def batches(epoch, first=0, workers=0, **order):
         loader = SegmentationLoader(
-            *(images, 4, setting, *CENTRE), training=True, workers=workers, device="cpu", seed=5, **order
+            *(images, 4, setting, *CENTER), training=True, workers=workers, device="cpu", seed=5, **order
         )
         return list(loader.epoch(epoch, first))
 
