@@ -230,12 +230,13 @@ def reference(c: Command, precision: str) -> Step:
 
 def ours(c: Command, precision: str, *, cached: bool = False) -> Step:
     """Returns a step of this project's trainer with the defaults of the recipe for one's own images."""
+    from steps import steps_of
+
     from mdistiller import get_recipe
     from mdistiller.runs.progress import Silent
     from mdistiller.training.choose import build_fastest
     from mdistiller.training.distributed import World
     from mdistiller.training.task import get_task
-    from mdistiller.training.teacher_cache import LOGITS
 
     task, world = get_task("classification"), World(torch.device("cpu"))
     data: dict[str, Any] = {"kind": "synthetic", "synthetic_classes": CLASSES, "synthetic_samples": 5000}
@@ -257,23 +258,7 @@ def ours(c: Command, precision: str, *, cached: bool = False) -> Step:
         )
         config, trainer, source = build_fastest(task, config, world, Silent())
     print(f"precision: {config.precision}, layout: {config.layout}", file=sys.stderr)
-    source.open(Silent())
-    if cached:
-        count = source.steps * c.batch_size + c.batch_size
-        rows = np.arange(min(count, len(source.splits.train)))
-        source.cache.record(0, rows, {LOGITS: np.zeros((len(rows), source.splits.num_classes), np.float32)})
-    trainer.start_epoch()
-
-    def prepared() -> Iterator[tuple[Any, Any]]:
-        while True:
-            yield from source.next_batches(trainer.step, 1)
-
-    ready = prepared()
-
-    def step() -> None:
-        trainer.train_step(*next(ready))
-
-    return step
+    return steps_of(trainer, source, fill=len(source.splits.train) if cached else 0)
 
 
 OURS = "mdistiller, float32"

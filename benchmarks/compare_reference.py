@@ -18,7 +18,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -108,12 +108,12 @@ def reference_step(
 
 def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> Callable[[], None]:
     """Returns a step of this project's trainer; the teacher runs ahead where that is the default."""
+    from steps import steps_of
+
     from mdistiller import ImageSet, Splits, create_model, get_recipe, register_dataset
-    from mdistiller.runs.progress import Silent
     from mdistiller.training.build import build_run
     from mdistiller.training.distributed import World, pick_device
     from mdistiller.training.task import get_task
-    from mdistiller.training.teacher_cache import LOGITS
 
     precision, cached = OURS[name]
     data = ImageSet(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
@@ -136,17 +136,7 @@ def our_step(c: Command, images: np.ndarray, labels: np.ndarray, name: str) -> C
         )
         world = World(pick_device("auto"))
         trainer, source = build_run(get_task("classification"), config, world)
-    source.open(Silent())
-    if cached:
-        source.cache.record(0, np.arange(len(data)), {LOGITS: np.zeros((len(data), 100), np.float32)})
-    trainer.start_epoch()
-
-    def prepared() -> Iterator[tuple[Any, Any]]:
-        while True:
-            yield from source.next_batches(trainer.step, trainer.total)
-
-    batches = prepared()
-    return lambda: trainer.train_step(*next(batches))
+    return steps_of(trainer, source, fill=len(data) if cached else 0)
 
 
 def work(c: Command, file: str, name: str) -> None:

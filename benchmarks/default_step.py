@@ -11,9 +11,9 @@ import argparse
 import json
 import statistics
 import time
-from itertools import islice
 from pathlib import Path
 
+from steps import steps_of
 from turns import paired_ratio
 
 from mdistiller.data import DataConfig
@@ -51,18 +51,15 @@ def measure(name: str, size: int, batch: int, rounds: int) -> dict[str, object]:
     task = get_task("classification")
     with process_group("cpu") as world:
         chosen, trainer, source = build_fastest(task, config, world, Silent())
-        rows = {"the run's choice": (trainer, source, [])}
+        rows = {"the run's choice": (steps_of(trainer, source), [])}
         plain = config.replace(precision="float32", layout="contiguous")
-        rows[PLAIN] = (*build_run(task, plain, world), [])
-        raws = list(islice(source.loader.epoch(0), 4))
-        for number in range(rounds):
-            for trainer, source, times in rows.values():
-                trainer.distiller.train()
+        rows[PLAIN] = (steps_of(*build_run(task, plain, world)), [])
+        for _ in range(rounds):
+            for step, times in rows.values():
                 start = time.process_time()
-                (prepared,) = source.prepare([raws[number % len(raws)]], trainer.step)
-                trainer.train_step(*prepared)
+                step()
                 times.append(1000 * (time.process_time() - start))
-    times = {key: found[2:] for key, (_, _, found) in rows.items()}
+    times = {key: found[2:] for key, (_, found) in rows.items()}
     ratio = {key: paired_ratio(found, times[PLAIN]) for key, found in times.items()}
     return {
         "model": name,

@@ -2,11 +2,11 @@
 
     python benchmarks/embed_rows.py --images DIR --teacher resnet56 --teacher-weights FILE --student resnet20
 
-DIR has photos/ (every training image, without classes) and 1/, 10/ and 100/, each with train/CLASS (that
-percentage of the same images) and val/CLASS. Each student is trained on the labels of each percentage three
-times: from random weights, from the weights that `embed` found on photos/, and from random weights by KD.
-KD's teacher is the same network: with its own classifier (`--teacher-classifies`), or fine-tuned on the same
-labels first. Every run uses its recipe's defaults. Runs continue where they stopped.
+embed_images.py writes DIR: photos/ (every training image, without classes) and 1/, 10/ and 100/, each with
+train/CLASS (that percentage of the same images) and val/CLASS. Each student is trained on the labels of each
+percentage three times: from random weights, from the weights that `embed` found on photos/, and from random
+weights by KD. KD's teacher is the same network: with its own classifier (`--teacher-classifies`), or
+fine-tuned on the same labels first. Every run uses its recipe's defaults. Runs continue where they stopped.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flags import read
-from resumable import last_evaluation, run_command, spread
+from resumable import keep, last_evaluation, run_command, spread
 
 from mdistiller.runs.environment import environment
 from mdistiller.settings import Settings
@@ -47,6 +47,8 @@ class Command(Settings):
     """Students of each kind."""
     precision: str = "float32"
     """Autocast precision of every run."""
+    logs: Path | None = None
+    """Folder that gets the runs' thinned logs and the table."""
 
 
 PARTS = (1, 10, 100)
@@ -62,7 +64,7 @@ def train(c: Command, name: str, recipe: str, data: str, epochs: int, *words: An
 
 def main(c: Command) -> None:
     """Trains every run, seed by seed, and writes the table after each."""
-    teacher = ("--teacher", c.teacher, "--teacher.checkpoint", c.teacher_weights)
+    teacher: tuple[Any, ...] = ("--teacher", c.teacher, "--teacher.checkpoint", c.teacher_weights)
     found: dict[str, list[float]] = {}
 
     def add(row: str, value: float) -> None:
@@ -105,10 +107,13 @@ def write(c: Command, found: dict[str, list[float]]) -> None:
         lines.append(f"| {name} | {len(values)} | {spread(values)} |")
     env = environment(0)
     del env["command"]
-    settings = c.model_dump(mode="json", exclude={"images", "out", "teacher_weights"})
+    settings = c.model_dump(mode="json", exclude={"images", "out", "teacher_weights", "logs"})
     result = {"environment": env, "settings": settings, "percent": found}
     (c.out / "embed_rows.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (c.out / "embed_rows.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if c.logs is not None:
+        runs = (path.parent for path in sorted(c.out.glob("*/metrics.jsonl")))
+        keep(runs, result, c.logs, without=("classes", "diagnostics", "ema"))
 
 
 if __name__ == "__main__":

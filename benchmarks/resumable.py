@@ -69,17 +69,21 @@ def last_evaluation(folder: Path) -> dict[str, Any]:
     return [line for line in read_metrics(folder) if line["kind"] == "eval"][-1]
 
 
-def thin(metrics: str) -> str:
-    """Returns the lines of a metrics file that are kept: one an epoch, six digits after the point."""
+def thin(metrics: str, without: Sequence[str] = ()) -> str:
+    """Returns the lines of a metrics file that are kept: one an epoch, six digits after the point.
+
+    Entries `without` are left out.
+    """
     lines = (json.loads(line, parse_float=lambda x: round(float(x), 6)) for line in metrics.splitlines())
-    return "".join(f"{json.dumps(line)}\n" for line in lines if line["kind"] != "train")
+    kept = ({k: v for k, v in line.items() if k not in without} for line in lines if line["kind"] != "train")
+    return "".join(f"{json.dumps(line)}\n" for line in kept)
 
 
-def keep(folders: Sequence[Path], table: dict[str, Any], out: Path) -> None:
+def keep(folders: Iterable[Path], table: dict[str, Any], out: Path, without: Sequence[str] = ()) -> None:
     """Writes the thinned metrics of runs to OUT/NAME.jsonl, and OUT/table.json."""
     out.mkdir(parents=True, exist_ok=True)
     for folder in folders:
-        metrics = thin((folder / "metrics.jsonl").read_text(encoding="utf-8"))
+        metrics = thin((folder / "metrics.jsonl").read_text(encoding="utf-8"), without)
         (out / f"{folder.name}.jsonl").write_text(metrics, encoding="utf-8")
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from flags import read
+from steps import steps_of
 
 from mdistiller import create_model
 from mdistiller.data import load_data
 from mdistiller.methods import DKDConfig
 from mdistiller.methods.none import NoneConfig
 from mdistiller.runs.environment import environment
-from mdistiller.runs.progress import Silent
 from mdistiller.settings import Settings
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.build import build_run
@@ -91,21 +91,18 @@ def configs(c: Command, folder: Path) -> dict[str, ClassificationConfig]:
 
 
 class Run:
-    """A trainer and the processor's seconds of its turns."""
+    """Steps of a run and the processor's seconds of its turns."""
 
     def __init__(self, config: ClassificationConfig) -> None:
         world = World(torch.device("cpu"))
-        self.trainer, self.source = build_run(get_task("classification"), config, world)
-        self.source.open(Silent())
-        self.trainer.start_epoch()
+        self.step = steps_of(*build_run(get_task("classification"), config, world))
         self.seconds: list[float] = []
 
     def turn(self, steps: int) -> None:
         """Trains some steps."""
         start = time.process_time()
         for _ in range(steps):
-            for batch, teacher in self.source.next_batches(self.trainer.step, 1):
-                self.trainer.train_step(batch, teacher)
+            self.step()
         self.seconds.append((time.process_time() - start) / steps)
 
 
