@@ -63,7 +63,7 @@ def export_outputs(run: Path, out: Path, *, view: int | None = None, top: int | 
     taps = [name for name in teacher.live.taps.names if name.isidentifier()]
     if left_out := [name for name in teacher.live.taps.names if name not in taps]:
         warnings.warn(f"left out {', '.join(left_out)}: a feature's name must be one word", stacklevel=2)
-    numbers = np.arange(teacher.rows.images) + (view or 0) * teacher.rows.images
+    numbers = 1 + np.arange(teacher.rows.images) + (view or 0) * teacher.rows.images
     found = teacher.cache.fill(0, numbers, (*teacher.read, *taps), refuse)
     rows: dict[str, object] = {
         k: v.reshape(-1, *teacher.shapes.get(k, v.shape[1:])) for k, v in found.items()

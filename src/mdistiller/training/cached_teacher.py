@@ -165,7 +165,7 @@ class CacheRows:
             key = {**common, "augment": self.augment.settings(strong=view > 0)}
             if not self._by_variant(view):
                 key |= {"augment_seed": self.config.augment_seed, "view": view}
-            rows = len(train) * self.slots(view) + 1  # the last one for `TeacherCache.check`
+            rows = 1 + len(train) * self.slots(view)  # the first one for `TeacherCache.check`
             kinds = {}
             if outputs.logits.ndim > 1:
                 form = self.config.cache_format(outputs.logits[0], is_logits=True)
@@ -184,7 +184,7 @@ class CacheRows:
         for batch, draw in zip(batches, draws, strict=True):
             by_variant = self._are_variants[view > 0]
             slot = self.augment.variant(batch.image, draw) if by_variant else epoch_view
-            rows.append(slot * self.images + batch.index)
+            rows.append(1 + slot * self.images + batch.index)
         return rows
 
     def _by_variant(self, view: int) -> bool:
