@@ -136,6 +136,27 @@ def test_labels(tmp_path, case):
     assert splits.train.labels.tolist() == expected
 
 
+def test_each_split_names_its_own_classes(tmp_path):
+    train = table(4, labels=[2, 0, 1, 0])
+    test = table(3, labels=[2, 0, 1], kind=datasets.ClassLabel(names=["cat", "apple", "bee"]))
+    splits = load_data(config(save(tmp_path / "set", "arrow", train=train, test=test)))
+    assert splits.classes == tuple(CLASSES)
+    assert splits.train.labels.tolist() == [2, 0, 1, 0]
+    assert splits.test.labels.tolist() == [1, 2, 0], "bee, cat, apple"
+
+
+def test_a_row_without_an_image_is_unreadable(tmp_path):
+    rows = table(6).to_dict()
+    rows["image"][4] = None
+    train = datasets.Dataset.from_dict(rows, features=table(6).features)
+    root = save(tmp_path / "set", "arrow", train=train, test=table(3))
+    with pytest.raises(DataError, match=r"train/row 4 cannot be read: the row has no image"):
+        load_data(config(root))
+    with pytest.warns(UserWarning, match=r"left out: 1 of 6 images cannot be read: .*row 4"):
+        splits = load_data(config(root, on_error="skip"))
+    assert splits.train.labels.tolist() == [0, 1, 2, 0, 2]
+
+
 def test_columns_are_found_or_named(tmp_path):
     extra = {
         "coarse_label": ([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b"])),

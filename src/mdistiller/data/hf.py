@@ -1,7 +1,7 @@
 """Data sets of Hugging Face's `datasets` on disk: `save_to_disk`'s folders, Parquet files, tar shards."""
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -40,14 +40,14 @@ class DatasetRow:
 
     def file(self) -> Path | BinaryIO:
         image = self.rows[self.index][self.column]
+        if image is None:
+            raise OSError("the row has no image")
         return Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
 
     def length(self) -> int:
-        return (
-            Path(self.rows[self.index][self.column]["path"]).stat().st_size
-            if self.size is None
-            else self.size
-        )
+        if self.size is None and isinstance(file := self.file(), Path):
+            return file.stat().st_size
+        return self.size or 0
 
 
 @register_dataset("hf")
@@ -81,7 +81,7 @@ def load_hf(config: DataConfig) -> Splits:
     def rows_of(rows: "Dataset", split: str) -> EncodedSet:
         if missing := {image, *([label] if label else [])} - set(rows.column_names):
             raise DataError(f"{config.root}: split {split} has no column {missing.pop()!r}")
-        labels = class_ids(rows[label], split) if label else torch.full((len(rows),), IGNORED)
+        labels = class_ids(rows, split) if label else torch.full((len(rows),), IGNORED)
         return _row_set(rows, image, labels, config.root / split, options)
 
     first = rows_of(train, "train")
@@ -154,14 +154,17 @@ def _columns(config: DataConfig, rows: "Dataset") -> tuple[str, str | None]:
 
 def _classes(
     config: DataConfig, rows: "Dataset", column: str
-) -> tuple[tuple[str, ...], Callable[[Iterable[object], str], Tensor]]:
-    """Returns the names of the classes, and a function from the values of a split to class ids, int64 [N]."""
+) -> "tuple[tuple[str, ...], Callable[[Dataset, str], Tensor]]":
+    """Returns the names of the classes, and a function from the rows of a split to class ids, int64 [N].
+
+    A split's own class names may be in another order.
+    """
     import datasets
 
     kind = rows.features[column]
     if isinstance(kind, datasets.ClassLabel):
         names = tuple(kind.names)
-        position: dict[object, int] = {i: i for i in range(len(names))} | {-1: IGNORED, None: IGNORED}
+        position: dict[object, int] = {name: i for i, name in enumerate(names)}
     else:
         dtype = getattr(kind, "dtype", "list")
         if not dtype.startswith(("int", "uint", "string", "large_string")):
@@ -171,12 +174,15 @@ def _classes(
             )
         text = {str(value): value for value in rows.unique(column) if value not in (None, -1)}
         names = sort_classes(text)
-        position = {text[name]: i for i, name in enumerate(names)} | {-1: IGNORED, None: IGNORED}
+        position = {text[name]: i for i, name in enumerate(names)}
+    position |= {-1: IGNORED, None: IGNORED}
     if len(names) < 2:
         raise DataError(f"{config.root}: column {column!r} has {len(names)} classes; need at least two")
 
-    def class_ids(values: Iterable[object], split: str) -> Tensor:
-        values = list(values)
+    def class_ids(rows: "Dataset", split: str) -> Tensor:
+        kind, values = rows.features[column], list(rows[column])
+        if isinstance(kind, datasets.ClassLabel):
+            values = [value if value in (-1, None) else kind.names[value] for value in values]
         if unknown := set(values) - set(position):
             raise DataError(
                 f"{config.root}: split {split} has classes of its own: {some(sorted(map(str, unknown)))}"
