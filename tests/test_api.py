@@ -81,6 +81,12 @@ class Images(Dataset):
         return Image.fromarray(self.images[index].numpy()).resize((side, 16)), int(self.labels[index])
 
 
+class Named(Images):
+    def __init__(self, classes):
+        super().__init__(*DATA[0])
+        self.classes = list(classes)
+
+
 class Floats(Images):
     def __getitem__(self, index):
         return self.images[index].permute(2, 0, 1) / 255, self.labels[index]
@@ -557,6 +563,18 @@ WRONG = {
     "label of a Dataset": (
         wrong(data=(Images(x, y), Floats(x, y / 2))),
         r"of test\[0\] is .*; allowed: a",
+    ),
+    "nested labels": (
+        wrong(data=([(Image.fromarray(i.numpy()), [[1], [1, 2]]) for i in x], DATA[1])),
+        r"the label of train\[0\] is \[\[1\], \[1, 2\]\]; allowed: a class id",
+    ),
+    "ragged labels": (
+        wrong(data=((x, [[1]] + [[1, 0]] * 31), DATA[1])),
+        r"labels of train are no tensor: .*; allowed: a class id for each of the 32 images",
+    ),
+    "classes in another order": (
+        wrong(data=(Named("abcd"), Named("abdc"))),
+        "data: classes of train are a, b, c, d, of test a, b, d, c; allowed: one order",
     ),
     "items": (wrong(data=([x, x, x], DATA[1])), r"data: train\[0\] is a Tensor; allowed: a pair"),
     "empty": (wrong(data=(Images(x, y[:0]), DATA[1])), "data: train has no images"),

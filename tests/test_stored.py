@@ -87,6 +87,7 @@ def test_what_the_most_likely_classes_leave_is_shared_by_the_others():
         ({}, "without logits"),
         ({"logits": [1.0, 2.0]}, r"'logits' of shape \[2\]"),
         ({"logits": [[1.0, math.nan]]}, "not finite"),
+        ({"logits": [[1.0], [1.0, 2.0]]}, "logits' is no array of numbers: .*needed: logits"),
         ({"logits": [[1.0, 2.0]], "pooled": [[1.0], [2.0]]}, "'logits': 1, 'pooled': 2"),
         ({"logits": [[1.0, 2.0]], "names": ["a", "b"]}, "'names': 2"),
         ({"logits": [[1.0, 2.0]] * 2, "names": ["a", "a"]}, "come twice: a"),

@@ -159,7 +159,10 @@ class _Stored(nn.Module):
 
 
 def _as_rows(name: str, value: Any) -> Tensor:
-    rows = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    try:
+        rows = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    except (TypeError, ValueError) as error:  # words, rows of other lengths
+        raise ConfigError(f"stored outputs: {name!r} is no array of numbers: {error}; {_FORM}") from error
     if name == "top_ids":
         rows = rows.long()
     elif not rows.is_floating_point():

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol, Self, TypeGuard
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
 from mdistiller.data.decoder import Pixels, to_rgb, to_square
-from mdistiller.data.encoded import sample
+from mdistiller.data.encoded import sample, some
 from mdistiller.data.memory import free_memory
 from mdistiller.data.registry import GIVEN, Reader
 from mdistiller.errors import ConfigError, DataError
@@ -21,6 +22,7 @@ from mdistiller.types import IGNORED
 
 _TWICE = 8  # images of a sample that are read twice
 _FILE_SIZE = 224  # of images of several sizes, as of image files
+_SEVERAL = f"1, 0 or {IGNORED} (unknown) for each class"
 _ALLOWED = "a PIL image, or a tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1]"
 
 
@@ -96,10 +98,19 @@ def _read_splits(
     """Returns both splits, the names of the classes, and whether the names were given."""
     found = {"train": _read_split(train, "train")}
     found["test"] = found["train"] if test is None else _read_split(test, "test")
-    columns = getattr(train, "features", None)  # of a Hugging Face set
-    label = columns.get("label") if isinstance(columns, Mapping) else None
-    given = classes if classes is not None else getattr(train, "classes", getattr(label, "names", None))
+    own = [[*map(str, names)] for names in map(_own_names, (train, test)) if names is not None]
+    if len(own) > 1 and own[0] != own[1]:
+        raise ConfigError(
+            f"data: classes of train are {some(own[0])}, of test {some(own[1])}; allowed: one order"
+        )
+    given = _own_names(train) if classes is None else classes
     return found, _class_names(given, found), given is not None
+
+
+def _own_names(split: object) -> Iterable[object] | None:
+    columns = getattr(split, "features", None)  # of a Hugging Face set
+    label = columns.get("label") if isinstance(columns, Mapping) else None
+    return getattr(split, "classes", getattr(label, "names", None))
 
 
 def _make_splits(
@@ -203,21 +214,21 @@ def _read_tensors(images: Tensor, labels: object, split: str) -> ImageSet:
 
 def _as_labels(values: object, count: int, split: str) -> Tensor:
     """Returns class ids, int64 [count]; for several classes an image 0, 1 or -100, float32 [count, C]."""
+    allowed = (
+        f"allowed: a class id for each of the {count} images, an integer tensor [{count}]; or, for several "
+        f"classes an image, {_SEVERAL}, [{count}, classes]"
+    )
     try:
         labels = torch.as_tensor(values).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"data: labels of {split} are no tensor: {error}") from error
+        raise ConfigError(f"data: labels of {split} are no tensor: {error}; {allowed}") from error
     if labels.ndim == 2 and len(labels) == count and labels.shape[1] > 1:
         several = labels.float()
         if torch.isin(several, torch.tensor([0.0, 1.0, IGNORED])).all():
             return several
     elif labels.shape == (count,) and not (labels.is_floating_point() or labels.dtype == torch.bool):
         return labels.long()
-    raise ConfigError(
-        f"data: labels of {split} are {labels.dtype} {list(labels.shape)}; allowed: a class id for each of "
-        f"the {count} images, an integer tensor [{count}]; or, for several classes an image, 1, 0 or "
-        f"{IGNORED} (unknown) for each class, [{count}, classes]"
-    )
+    raise ConfigError(f"data: labels of {split} are {labels.dtype} {list(labels.shape)}; {allowed}")
 
 
 def _class_names(classes: Iterable[object] | None, splits: Found) -> tuple[str, ...]:
@@ -274,13 +285,17 @@ def _read_pixels(items: Items, index: int, split: str) -> Pixels:
 def _label(value: object, name: str) -> int | list[float]:
     if value is None:
         return IGNORED
-    several = np.ravel(value) if isinstance(value, list | tuple | np.ndarray | Tensor) else ()
-    if len(several) > 1:
-        return [float(each) for each in several]
-    number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise ConfigError(f"data: the label of {name} is {value!r}; allowed: a class id, an integer")
-    return number
+    with suppress(TypeError, ValueError, RuntimeError):  # words, lists of other lengths
+        found = torch.as_tensor(value)
+        if found.ndim == 1 and len(found) > 1:
+            return found.double().tolist()
+        is_integer = torch.can_cast(found.dtype, torch.int64) and found.dtype != torch.bool
+        if is_integer and found.numel() == 1 and not isinstance(value, list | tuple):
+            return int(found)
+    raise ConfigError(
+        f"data: the label of {name} is {value!r}; allowed: a class id, an integer; for several classes an "
+        f"image, {_SEVERAL}"
+    )
 
 
 def _as_bytes(images: Tensor, subject: str) -> Tensor:
