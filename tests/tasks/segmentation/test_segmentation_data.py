@@ -320,3 +320,28 @@ def test_masks_are_found_by_the_names_of_files(squares, tmp_path):
         load_segmentation(SegmentationDataConfig(root=root, val_fraction=0.25))
     with pytest.raises(DataError, match="8 of 8 test images are training images too"):
         load_segmentation(SegmentationDataConfig(root=squares, test_split="train"))
+
+
+def test_masks_of_one_name_in_several_folders(tmp_path):
+    for number, place in enumerate(("train/a", "train/b", "val/c")):
+        for part, mode in (("images", "RGB"), ("masks", "L")):
+            (tmp_path / part / place).mkdir(parents=True)
+            pixels = np.full((8, 8) if mode == "L" else (8, 8, 3), number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / part / place / "1.png")
+    found = load_segmentation(SegmentationDataConfig(root=tmp_path))
+    own = [found.train.read(i) for i in range(2)]
+    assert [(np.max(image), np.max(mask)) for image, mask in own] == [(0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(("split", "value"), [("train", 255), ("train", 1), ("val", 255)])
+def test_masks_without_classes_to_tell_apart(tmp_path, split, value):
+    """As of drawings in black and white, whose 255 is the ignored value."""
+    write_squares(tmp_path, "train", 2)
+    write_squares(tmp_path, "val", 2, seed=1)
+    for file in (tmp_path / "SegmentationClass").glob(f"{split}*"):
+        rewrite(file, lambda mask: np.full_like(mask, value))
+    has = "red alone" if value == 1 else "no class"
+    with pytest.raises(
+        DataError, match=rf"the (training|test) images have {has}; .* 255 is ignored: --data.ignore"
+    ):
+        load_segmentation(config(tmp_path))

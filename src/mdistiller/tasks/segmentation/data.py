@@ -3,6 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -172,8 +173,25 @@ def load_segmentation(config: SegmentationDataConfig) -> DenseSplits[Segmentatio
     if train.classes != test.classes:
         raise DataError(f"{config.root}: the classes of training and test images differ")
     check_apart(config.root, _paths(train), _paths(test))
+    _check_masks(config, "training", train, 2)
+    _check_masks(config, "test", test, 1)
     line = f"{config.root.name}: {len(train):,} training images, {len(test):,} test images, "
     return DenseSplits(train=train, test=test, description=f"{line}{len(train.classes)} classes")
+
+
+def _check_masks(config: SegmentationDataConfig, which: str, images: SegmentationSet, least: int) -> None:
+    """Raises a DataError where the masks have pixels of fewer than `least` classes."""
+    seen: set[int] = set()
+    for i in range(len(images)):
+        with suppress(DataError):  # a loader raises it, or leaves the image out
+            seen |= {*np.unique(images.read(i)[1]).tolist()} - {IGNORE}
+        if len(seen) >= least:
+            return
+    has = f"{images.classes[seen.pop()]} alone" if seen else "no class"
+    raise DataError(
+        f"{config.root}: pixels in the masks of the {which} images have {has}; of their values "
+        f"{config.ignore_index} is ignored: --data.ignore-index names another one"
+    )
 
 
 def _paths(*sets: SegmentationSet) -> list[Path]:
@@ -254,13 +272,16 @@ def _paired(config: SegmentationDataConfig, split: Split) -> tuple[list[Path], l
             f"{', '.join(dict.fromkeys(names))} for {split}; --data.val-fraction 0.2 splits them"
         )
     photographs, masks = (folder / (inner or "") for folder in folders)
-    images, known = images_in(photographs), {path.stem: path for path in images_in(masks)}
+    images, known = images_in(photographs), {_name(path, masks): path for path in images_in(masks)}
     if not images:
         raise DataError(f"{photographs} has no images")
-    named = {
-        stem.removesuffix("_L"): path for stem, path in known.items()
-    } | known  # CamVid's masks end in _L
-    return images, [named.get(path.stem, masks / f"{path.stem}.png") for path in images]
+    named = {n.removesuffix("_L"): path for n, path in known.items()} | known  # CamVid's masks end in _L
+    names = [_name(path, photographs) for path in images]
+    return images, [named.get(name, masks / f"{name}.png") for name in names]
+
+
+def _name(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder).with_suffix(""))
 
 
 def _named(folder: Path, name: str) -> list[Path]:
