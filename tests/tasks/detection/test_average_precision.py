@@ -231,3 +231,24 @@ def test_labels_of_no_category_are_left_out(tmp_path):
         "scores": torch.tensor([0.9, 0.8]),
     }
     assert [r["category_id"] for r in as_results(predictions, images, 0)] == [5]
+
+
+def test_images_that_cannot_be_read_are_not_evaluated(tmp_path):
+    file = write_set(tmp_path, 4)
+    images = read_coco(file, tmp_path / "images", on_error="skip")
+    images.images[1].path.write_bytes(b"no image")
+
+    class Perfect(nn.Module):
+        def forward(self, given):
+            return [predictions[tuple(image.flatten().tolist())] for image in given]
+
+    loader = DetectionLoader(images, 2, workers=0, device="cpu", shuffle=False)
+    with pytest.warns(UserWarning, match="left out 1 image that cannot be read"):
+        batches = list(loader.epoch(0))
+    predictions = {
+        tuple(image.flatten().tolist()): target | {"scores": torch.ones(len(target["labels"]))}
+        for batch in batches
+        for image, target in zip(batch.image, batch.target, strict=True)
+    }
+    assert len(predictions) == 3
+    assert evaluate_detector(Perfect(), batches, images, CPU)["AP"] == pytest.approx(100)

@@ -369,3 +369,24 @@ def test_factors_of_scale_jitter():
     assert DetectionAugmentConfig(scale_jitter=(0.5, 2)).scale_jitter == (0.5, 2.0)
     with pytest.raises(ValueError, match="two rising factors"):
         DetectionAugmentConfig(scale_jitter=(2, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({"size": [80, 64], "counts": [0, 20]}, "runs of 20 pixels; the image has 5120"),
+        ({"size": [64, 80], "counts": [0, 5120]}, r"64 x 80 pixels.* 80 x 64"),
+        ({"size": [80, 64], "counts": "zz%"}, "Invalid RLE"),
+        ([["a"] * 6], "could not convert"),
+    ],
+)
+def test_masks_that_cannot_be_decoded(tmp_path, mask, message):
+    images = read(tmp_path, lambda c: c["annotations"][0].update(segmentation=mask), masks=True)
+    with pytest.raises(DataError, match=message):
+        images.read(0)
+
+
+def test_fields_that_are_null_count_as_missing(tmp_path):
+    images = read(tmp_path, lambda c: c["annotations"][0].update(iscrowd=None, area=None))
+    found = images.ground_truth["annotations"][0]
+    assert (found["iscrowd"], found["area"]) == (0, found["bbox"][2] * found["bbox"][3])

@@ -453,3 +453,10 @@ def test_files_with_a_byte_order_mark(squares, tmp_path):
         for file in [f for f in root.rglob("*") if f.suffix in (".txt", ".yaml", ".json", ".names")]:
             file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
         assert_equal(load(root).train, load(squares).train)
+
+
+def test_key_points_of_yolo_are_no_polygon(tmp_path):
+    root = one_yolo(tmp_path, "0 0.5 0.5 0.2 0.4 0.1 0.1 0.9 0.9")
+    with (root / "data.yaml").open("a") as file:
+        file.write("\nkpt_shape: [2, 2]\n")
+    assert load(root).train.images[0].boxes.tolist() == [[80, 30, 120, 70]]

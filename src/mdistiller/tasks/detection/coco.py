@@ -113,7 +113,7 @@ class DetectionSet:
             "labels": record.labels,
         }
         if record.segmentations is not None:
-            masks = [decode_mask(s, record.size) for s in record.segmentations]
+            masks = [decode_mask(s, record.size, record.path) for s in record.segmentations]
             stacked = torch.stack(masks) if masks else torch.zeros(0, *record.size, dtype=torch.uint8)
             target["masks"] = tv_tensors.Mask(stacked)
         return tv_tensors.Image(image), target
@@ -140,13 +140,28 @@ def coco_classes() -> tuple[Any, Any]:
     return COCO, COCOeval_faster
 
 
-def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> Tensor:
-    """Decodes a list of polygons or an RLE (compressed or not) to uint8 [H, W] of 0 and 1."""
+def decode_mask(segmentation: Segmentation, size: tuple[int, int], path: Path) -> Tensor:
+    """Decodes a list of polygons or an RLE (compressed or not) to uint8 [H, W] of 0 and 1.
+
+    Raises:
+        DataError: it is damaged, or of another size than the image at `path`.
+    """
     tools = coco_tools().mask
-    if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
-        segmentation = tools.frPyObjects(segmentation, *size)
-    rle = tools.merge(segmentation) if isinstance(segmentation, list) else segmentation
-    return torch.from_numpy(tools.decode(rle))
+    try:
+        if isinstance(segmentation, list):
+            segmentation = tools.merge(tools.frPyObjects(segmentation, *size))
+        elif isinstance(counts := segmentation["counts"], list):
+            if sum(counts) != math.prod(size) or min(counts) < 0:  # pycocotools would read beyond them
+                raise ValueError(f"runs of {sum(counts)} pixels; the image has {math.prod(size)}")
+            segmentation = tools.frPyObjects(segmentation, *size)
+        if list(segmentation["size"]) != list(size):
+            height, width = segmentation["size"]
+            raise ValueError(
+                f"{height} x {width} pixels; the image has {size[0]} x {size[1]} (height x width)"
+            )
+        return torch.from_numpy(tools.decode(segmentation))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"a mask of image {path} cannot be decoded: {error}") from error
 
 
 def train_transform(
@@ -301,7 +316,8 @@ def _checked(annotation: Annotation, where: str) -> Annotation:
     numbers = [v for v in box if isinstance(v, int | float) and math.isfinite(v)]
     if len(box) != 4 or len(numbers) != 4:
         raise DataError(f"{where}: bbox: got {box!r}, need four finite numbers x, y, width, height")
-    return {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0), **annotation}
+    given = {key: value for key, value in annotation.items() if value is not None}
+    return {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0), **given}  # type: ignore[typeddict-item]
 
 
 def _boxes(objects: list[Annotation], size: tuple[int, int]) -> Tensor:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ def evaluate_detector(
     model runs in evaluation mode, with autocast to `precision`, and is put back into its own mode.
     `predictions` is a JSON file to write, in COCO's format for results.
     """
-    results = world_results(model, batches, images, world, precision=precision)
+    results, images = world_results(model, batches, images, world, precision=precision)
     if predictions is not None and world.is_main:
         predictions.parent.mkdir(parents=True, exist_ok=True)
         write_text(predictions, json.dumps(results) + "\n")
@@ -76,16 +77,24 @@ def world_results(
     world: World,
     *,
     precision: torch.dtype = torch.float32,
-) -> list[Annotation]:
-    """Computes the predictions of all processes in COCO's format for results; see `evaluate_detector`."""
+) -> tuple[list[Annotation], DetectionSet]:
+    """Computes the predictions of all processes in COCO's format for results; see `evaluate_detector`.
+
+    The set that is returned beside them has the ground truth of those images alone that could be read.
+    """
     mine: list[Annotation] = []
+    read: list[int] = []
     with torch.no_grad(), EvalMode(model.modules()), float32_coordinates(model):
         for batch in batches:
             with autocast(world.device, precision):
                 found = model(batch.image)
+            read += [images.images[position].id for position in batch.index.tolist()]
             for position, predictions in zip(batch.index.tolist(), found, strict=True):
                 mine += as_results(predictions, images, position)
-    return [result for part in world.gather(mine) for result in part]
+    whole, ids = images.ground_truth, {image for part in world.gather(read) for image in part}
+    truth: Content = {**whole, "images": [entry for entry in whole["images"] if entry["id"] in ids]}
+    results = [result for part in world.gather(mine) for result in part]
+    return results, replace(images, ground_truth=truth)
 
 
 def as_results(predictions: Target, images: DetectionSet, position: int) -> list[Annotation]:

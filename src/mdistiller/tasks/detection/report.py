@@ -88,7 +88,7 @@ def _predict(run: RunRecord, images: DetectionSet, device: torch.device) -> list
     model = build_detector(student, images.num_classes).to(device)
     workers = part_of(run, "data", DetectionDataConfig).workers
     loader = DetectionLoader(images, 1, workers=workers, device=device, shuffle=False)
-    return world_results(model, loader.epoch(0), images, World(device))
+    return world_results(model, loader.epoch(0), images, World(device))[0]
 
 
 def _photograph(images: DetectionSet, k: int) -> Image.Image:

@@ -40,8 +40,9 @@ def read_yolo(
     Class names are in data.yaml (`names`, `train`, `val` …) or, one a line, in classes.txt. The labels of
     `…/images/…/a.jpg` are in `…/labels/…/a.txt`, or beside an image in no folder `images`; an image without
     labels has no object. A line is `class x y width height`, the box's middle and size as fractions of the
-    image, or the class and a polygon `x1 y1 x2 y2 …`, which becomes a mask and its box. Classes count from 0,
-    category ids from 1.
+    image, or the class and a polygon `x1 y1 x2 y2 …`, which becomes a mask and its box. With `kpt_shape` in
+    data.yaml, the numbers after the box are key points, which are not read. Classes count from 0, category
+    ids from 1.
 
     Args:
         root: folder of the data set; `file_name` is relative to it.
@@ -67,7 +68,8 @@ def read_yolo(
 
     def objects(image: Path, width: int, height: int) -> Iterator[Object]:
         file = label_file(image)
-        return _objects(file, names, width, height) if file.is_file() else iter(())
+        points = "kpt_shape" in described
+        return _objects(file, names, width, height, has_points=points) if file.is_file() else iter(())
 
     return as_coco(root, names, files, lambda image: (image, upright_size(image)), objects, skip=skip)
 
@@ -145,8 +147,8 @@ def _images(source: Path) -> list[Path]:
     return found
 
 
-def _objects(file: Path, names: list[str], width: int, height: int) -> Iterator[Object]:
-    """Yields category id, box in pixels and perhaps a polygon of each line."""
+def _objects(file: Path, names: list[str], width: int, height: int, *, has_points: bool) -> Iterator[Object]:
+    """Yields category id, box in pixels and perhaps a polygon of each line, without the points of a pose."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
@@ -159,6 +161,7 @@ def _objects(file: Path, names: list[str], width: int, height: int) -> Iterator[
             label, *values = map(float, words)
         except ValueError:
             raise DataError(f"{file}, line {number}: got {line!r}, need numbers") from None
+        values = values[:4] if has_points else values
         where = f"{file}, line {number}"
         if label not in range(len(names)):
             known = ", ".join(f"{i} {name}" for i, name in enumerate(names[:12]))

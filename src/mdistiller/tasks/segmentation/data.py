@@ -157,7 +157,8 @@ class ObjectMasks(SegmentationSet):
                 mask[inside] = found
                 mask[clash] = IGNORE
         for segmentation in self.crowds.get(record.id, ()):
-            mask[decode_mask(segmentation, record.size).bool().numpy() & (mask == 0)] = IGNORE
+            crowd = decode_mask(segmentation, record.size, record.path).bool().numpy()
+            mask[crowd & (mask == 0)] = IGNORE
         return Image.fromarray(image.permute(1, 2, 0).numpy()), mask
 
 
