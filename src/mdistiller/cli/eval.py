@@ -133,15 +133,12 @@ class _Found(NamedTuple):
     options: Line
 
 
-def _without_run(task: AnyTask, metadata: Line) -> RunConfig:
+def _without_run(task: AnyTask, metadata: Line, **data: str) -> RunConfig:
     """Returns the config for a student's file by itself: its images are prepared as in training."""
-    given: Line = {
-        "data": {key: metadata[key] for key in ("image_size", "mean", "std") if key in task.metadata_keys}
-    }
-    if "image_size" in task.metadata_keys:
-        given["data"]["kind"] = "folder"
-    if "short_side" in task.metadata_keys:
-        given["augment"] = {"short_side": metadata["short_side"]}
+    known = {key: metadata[key] for key in task.metadata_keys if key in metadata}
+    given: Line = {"data": data | {k: known[k] for k in ("image_size", "mean", "std") if k in known}}
+    if "short_side" in known:
+        given["augment"] = {"short_side": known["short_side"]}
     return task.Config.model_validate({**_PLAIN, **given})
 
 
@@ -160,12 +157,16 @@ def _find_model(name: str, checkpoint: Path | None) -> _Found:
             )
         student = open_student(file)
         task, metadata = student.task, student.metadata
-        config = student.config or _without_run(task, metadata)
+        folder = {"kind": "folder"} if "image_size" in task.metadata_keys else {}
+        config = student.config or _without_run(task, metadata, **folder)
         return _Found(task, source, config, metadata.get("model", ""), metadata.get("options") or {})
     if os.path.isdir(checkpoint) and (run := run_settings(checkpoint)) is not None:
         metadata = read_metadata(checkpoint)
         options = metadata["options"] if metadata.get("model") == name else {}
         return _Found(get_task(run.task), checkpoint, run, name, options)
-    stored = read_metadata(checkpoint).get("task") if os.path.exists(checkpoint) else None
-    task = get_task(stored) if isinstance(stored, str) else task_of_model(name)
-    return _Found(task, checkpoint, task.Config.model_validate(_PLAIN), name, {})
+    metadata = read_metadata(checkpoint) if os.path.exists(checkpoint) else {}
+    if not metadata.get("task"):
+        task = task_of_model(name)
+        return _Found(task, checkpoint, task.Config.model_validate(_PLAIN), name, {})
+    task = get_task(metadata["task"])
+    return _Found(task, checkpoint, _without_run(task, metadata), name, {})

@@ -323,3 +323,13 @@ def test_a_file_by_itself_evaluates_as_its_run(squares, tmp_path, capsys):
         assert command(["eval", str(source), "--data.root", str(squares), "--json", "--device", "cpu"]) == 0
         shown.append({k: v for k, v in json.loads(capsys.readouterr().out).items() if k != "checkpoint"})
     assert shown[0] == shown[1]
+
+
+def test_a_checkpoint_by_name_is_evaluated_with_its_own_images(squares, tmp_path):
+    config = student(squares, out=tmp_path / "run", max_steps=1)
+    own = {"mean": (0.2, 0.3, 0.4), "std": (0.5, 0.6, 0.7)}
+    run = train(config.replace(data=own, augment={"short_side": 40})).path
+    moved = shutil.copy(run / "student.safetensors", tmp_path / "moved.safetensors")
+    for source in ([str(moved)], [config.student.name, "--checkpoint", str(moved)]):
+        found = EvalCommand.parse(source)
+        assert (found.data.mean, found.data.std) == (own["mean"], own["std"])

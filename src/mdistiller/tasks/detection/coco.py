@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -146,20 +146,20 @@ def decode_mask(segmentation: Segmentation, size: tuple[int, int], path: Path) -
     Raises:
         DataError: it is damaged, or of another size than the image at `path`.
     """
-    tools = coco_tools().mask
+    tools, rle = coco_tools().mask, cast(Any, segmentation)
     try:
-        if isinstance(segmentation, list):
-            segmentation = tools.merge(tools.frPyObjects(segmentation, *size))
-        elif isinstance(counts := segmentation["counts"], list):
+        if isinstance(rle, list):
+            rle = tools.merge(tools.frPyObjects(rle, *size))
+        elif isinstance(counts := rle["counts"], list):
             if sum(counts) != math.prod(size) or min(counts) < 0:  # pycocotools would read beyond them
                 raise ValueError(f"runs of {sum(counts)} pixels; the image has {math.prod(size)}")
-            segmentation = tools.frPyObjects(segmentation, *size)
-        if list(segmentation["size"]) != list(size):
-            height, width = segmentation["size"]
+            rle = tools.frPyObjects(rle, *size)
+        if list(rle["size"]) != list(size):
+            height, width = rle["size"]
             raise ValueError(
                 f"{height} x {width} pixels; the image has {size[0]} x {size[1]} (height x width)"
             )
-        return torch.from_numpy(tools.decode(segmentation))
+        return torch.from_numpy(tools.decode(rle))
     except (TypeError, ValueError) as error:
         raise DataError(f"a mask of image {path} cannot be decoded: {error}") from error
 
