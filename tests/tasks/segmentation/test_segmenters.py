@@ -88,6 +88,26 @@ def test_segformer(tmp_path):
         assert torch.allclose(again(IMAGE), model(IMAGE), atol=1e-5)
 
 
+def test_segformers_weights_of_another_kind(squares, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = create_segmenter("segformer_b0", 3).model
+    model.config.id2label = dict(enumerate(("ground", "blue", "red")))
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(
+        CheckpointError, match="of 'segformer_b1' cannot be loaded: it belongs to another size"
+    ):
+        create_segmenter("segformer_b1", 3, weights=str(tmp_path / "whole"))
+    encoder = transformers.SegformerModel(model.config)
+    encoder.save_pretrained(tmp_path / "encoder")
+    ours = create_segmenter("segformer_b0", 3, weights=str(tmp_path / "encoder")).model.segformer
+    assert all(torch.equal(v, encoder.state_dict()[k]) for k, v in ours.state_dict().items())
+    recipe = get_recipe("coco-seg.kd.segformer_b0_segformer_b0").replace(**settings(squares))
+    for folder, message in (("whole", r"ground, blue, red"), ("encoder", "no classifier of 3 classes")):
+        teacher = {"name": "segformer_b0", "options": {"weights": str(tmp_path / folder)}}
+        with pytest.raises(ConfigError, match=message):
+            train(recipe.replace(teacher=teacher, out=tmp_path / f"run-{folder}"))
+
+
 def test_segformer_learns_from_a_convolutional_teacher(squares, tmp_path):
     pytest.importorskip("transformers")
     recipe = get_recipe("coco-seg.teacher.fcn_resnet18")

@@ -1,6 +1,6 @@
 """SegFormer (Xie, Wang, Yu, Anandkumar, Alvarez, Luo: NeurIPS 2021) of the package transformers."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,9 +27,10 @@ class SegFormer(nn.Module):
 
     head_paths = ("model.decode_head",)
 
-    def __init__(self, model: "SegformerForSemanticSegmentation") -> None:
+    def __init__(self, model: "SegformerForSemanticSegmentation", trained: list[str] | None = None) -> None:
         super().__init__()
         self.model = model
+        self.trained = trained  # classes of the weights by which it was built; none: of an encoder alone
         self.tap_points = {f"stage{i}": f"model.segformer.stages.{i - 1}" for i in (1, 2, 3, 4)}
         self.tap_points |= {"logits": "model.decode_head", "embedding": "model.decode_head.classifier:input"}
 
@@ -49,7 +50,7 @@ def create_segformer(size: str, num_classes: int, *, weights: str | None = None)
 
     Raises:
         MissingPackageError: transformers is not installed.
-        CheckpointError: the checkpoint cannot be loaded.
+        CheckpointError: the checkpoint cannot be loaded, or belongs to another size.
     """
     try:
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -65,12 +66,16 @@ def create_segformer(size: str, num_classes: int, *, weights: str | None = None)
     if weights is None:
         return SegFormer(SegformerForSemanticSegmentation(config))
     try:
-        model = SegformerForSemanticSegmentation.from_pretrained(
-            weights, config=config, ignore_mismatched_sizes=True
-        )
+        names = cast(dict[int, str], SegformerConfig.from_pretrained(weights).id2label)
+        load: Any = SegformerForSemanticSegmentation.from_pretrained
+        model, report = load(weights, config=config, ignore_mismatched_sizes=True, output_loading_info=True)
+        missing, wrong = report["missing_keys"], [key for key, *_ in report["mismatched_keys"]]
+        encoder = [key for key in missing if not key.startswith("decode_head.")]
+        if other := [*encoder, *(key for key in wrong if not key.startswith("decode_head.classifier."))]:
+            raise ValueError(f"it belongs to another size, or to another architecture: {min(other)}")
     except (OSError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"weights: {weights!r} of 'segformer_{size}' cannot be loaded: {why}"
         ) from error
-    return SegFormer(model)
+    return SegFormer(model, [] if missing else [names[i] for i in sorted(names)])

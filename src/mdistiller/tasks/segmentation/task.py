@@ -1,5 +1,6 @@
 """Semantic segmentation as a task."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -88,6 +89,8 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
             raise CheckpointError(
                 f"{where} has {error.theirs} classes, the data {data.train.num_classes}: {advice}"
             ) from error
+        if isinstance(model, SegFormer) and model.trained is not None:
+            _check_weights(model.trained, data.train.classes)
         trained = {} if teacher.checkpoint is None else read_metadata(teacher.checkpoint)
         where = f"teacher.checkpoint: {teacher.checkpoint}"
         check_classes(where, trained.get("classes"), data.train.classes, f": {advice}")
@@ -196,3 +199,10 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
             "mean": config.data.mean,
             "std": config.data.std,
         }
+
+
+def _check_weights(trained: list[str], classes: Sequence[str]) -> None:
+    """Raises a ConfigError for a teacher's weights of other classes than the data has, or of none."""
+    if not trained or (trained[0] == "LABEL_0" and len(trained) != len(classes)):
+        raise ConfigError(f"teacher.options: weights: they have no classifier of {len(classes)} classes")
+    check_classes("teacher.options: weights", None if trained[0] == "LABEL_0" else trained, classes)
