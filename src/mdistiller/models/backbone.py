@@ -14,6 +14,16 @@ from mdistiller.models.registry import check_model_name, create_model
 from mdistiller.models.weights import load_weights, read_weights
 
 
+def backbone_hint(option: str) -> str:
+    """Returns the end of an error for models that do not take an option: those that start from a backbone."""
+    if option != "backbone_weights":
+        return ""
+    return (
+        "Detectors and segmentation models on torchvision's ResNet or MobileNet start from a backbone, such "
+        "as fcos_resnet18 and deeplabv3_resnet18"
+    )
+
+
 def is_backbone(name: str, find: Callable[[str], object]) -> bool:
     """Whether a name is that of a classifier or another backbone, and of no model that `find` knows."""
     for lookup, found in ((find, False), (check_model_name, True)):

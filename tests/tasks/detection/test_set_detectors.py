@@ -189,6 +189,11 @@ def test_methods_that_compare_logits_by_rows_are_refused(method):
     [
         ("d_fine", {"width": 3}, "unknown option of detector 'transformers/d_fine' 'width'"),
         ("d_fine", {"short_side": 64}, "unknown option of detector"),
+        (
+            "detr",
+            {"backbone_weights": "runs/backbone"},
+            "ResNet or MobileNet start from a backbone, such as fcos_resnet18",
+        ),
         ("d_fine", {"size": 70}, "size: got 70; allowed: multiples of 32"),
         ("d_fine", {"num_queries": 85}, "num_queries: got 85; allowed with a size of 64: at most 84"),
         ("rt_detr", {"decoder_layers": "many"}, "does not take"),

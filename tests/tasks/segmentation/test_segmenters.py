@@ -129,6 +129,10 @@ def test_names_and_options():
         UnknownNameError, match="option of segmentation model 'lraspp_mobilenet_v3_large' 'aux'"
     ):
         create_segmenter("lraspp_mobilenet_v3_large", 3, aux=True)
+    with pytest.raises(
+        UnknownNameError, match=r"ResNet or MobileNet start from a backbone, such as fcos_resnet18"
+    ):
+        create_segmenter("segformer_b0", 3, backbone_weights="runs/backbone")
     with pytest.raises(ConfigError, match="output_stride: got 4; allowed: 8, 16, 32"):
         create_segmenter("fcn_resnet18", 3, output_stride=4)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mdistiller.errors import CheckpointError, ConfigError, MissingPackageError, UnknownNameError, one_line
+from mdistiller.models.backbone import backbone_hint
 from mdistiller.models.own_input import find_input
 from mdistiller.types import Line
 
@@ -69,7 +70,8 @@ def resolve(kind: str, options: Line) -> Line:
     for name in given:
         if name not in (*known, *IMAGES):
             allowed = [*FOLDERS, *IMAGES, *known]
-            raise UnknownNameError(f"option of detector '{PREFIX}{kind}'", name, allowed)
+            what = f"option of detector '{PREFIX}{kind}'"
+            raise UnknownNameError(what, name, allowed, backbone_hint(name))
     base = _read_folder(kind, next(iter(folders.values())), known) if folders else {}
     if "weights" not in folders:
         normal = {"mean": [0.0] * 3, "std": [1.0] * 3} if kind in MULTISCALE else _IMAGENET

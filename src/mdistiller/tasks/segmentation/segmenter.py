@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.models import ModelConfig, load_weights
-from mdistiller.models.backbone import create_backbone
+from mdistiller.models.backbone import backbone_hint, create_backbone
 from mdistiller.models.weights import read_metadata
 from mdistiller.tasks.segmentation.segformer import SIZES, create_segformer
 from mdistiller.types import Line
@@ -108,7 +108,8 @@ def create_segmenter(
     given += ["aux"] * bool(aux) + ["output_stride"] * (output_stride != 8)
     for option in given:
         if option not in takes:
-            raise UnknownNameError(f"option of segmentation model {name!r}", option, takes)
+            what = f"option of segmentation model {name!r}"
+            raise UnknownNameError(what, option, takes, backbone_hint(option))
     if output_stride not in STRIDES:
         raise ConfigError(f"output_stride: got {output_stride!r}; allowed: {', '.join(map(str, STRIDES))}")
     if head == "segformer":
