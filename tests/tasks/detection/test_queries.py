@@ -144,7 +144,7 @@ def test_places_of_the_bins_are_those_of_the_boxes():
     adapter = adapter_of(model)
     with torch.no_grad():
         prepared = adapter.prepare(batch()[0])
-        found, out = adapter.predict(prepared)[1], adapter.run(prepared)
+        found, out = adapter.features(prepared), adapter.run(prepared)
     left, top, right, bottom = (
         (found["queries.sides"].softmax(4) * found["queries.places"]).sum(4)[:, -1].unbind(2)
     )
@@ -161,7 +161,7 @@ def test_log_odds_of_a_softmax(kind):
     adapter = adapter_of(spread(tiny_set(kind)).eval())
     with torch.no_grad():
         prepared = adapter.prepare(batch()[0])
-        logits, out = adapter.predict(prepared)[1]["queries.logits"], adapter.run(prepared)
+        logits, out = adapter.features(prepared)["queries.logits"], adapter.run(prepared)
     torch.testing.assert_close(logits[:, 0].sigmoid(), out.logits.softmax(2)[..., :-1], rtol=1e-4, atol=2e-6)
 
 

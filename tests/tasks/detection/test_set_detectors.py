@@ -85,7 +85,8 @@ def test_levels_are_maps_of_the_encoder(kind):
     assert {name: level.stride for name, level in adapter.levels.items()} == LEVELS[kind]
     with torch.no_grad():
         prepared = adapter.prepare(images)
-        levels = adapter.features(prepared)
+        features = adapter.features(prepared)
+        levels = {name: features[name] for name in adapter.levels}
         out = model.detr(prepared.tensors)
     for (name, x), own in zip(levels.items(), adapter.levels.values(), strict=True):
         assert list(x.shape) == [2, own.channels, SIDE // LEVELS[kind][name], SIDE // LEVELS[kind][name]]

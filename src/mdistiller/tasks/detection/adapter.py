@@ -33,7 +33,7 @@ class DetectorPass(NamedTuple):
     Logits and labels are None where the adapter's `activation` is.
 
     images: the padded batch [B, 3, H, W], and each image's (height, width) in it.
-    features: the levels by name, [B, C, h, w] each.
+    features: the levels by name, [B, C, h, w] each, and of a set what `DetectorAdapter.query_taps` name.
     strides: the stride of each level.
     logits: [rows, classes], before the activation. A row is a sampled proposal, or an anchor or point.
     labels: int64 [rows], 0 for the background, -100 for a row that the detector's own loss leaves out.
@@ -44,7 +44,6 @@ class DetectorPass(NamedTuple):
     rows: positions of the rows among all B · A anchors; None: all of them.
     offsets: predicted boxes relative to their anchors, [B, A, 4]; None for a detector with proposals.
     held: for each branch of the head the maps of every level that `DetectorAdapter.hold` asks for.
-    queries: predictions of the queries of a set by the names in `DetectorAdapter.query_taps`.
     """
 
     images: "ImageList"
@@ -59,7 +58,6 @@ class DetectorPass(NamedTuple):
     rows: Tensor | None = None
     offsets: Tensor | None = None
     held: dict[str, list[Tensor]] | None = None
-    queries: dict[str, Tensor] | None = None
 
 
 class DetectorAdapter(ABC):
@@ -127,11 +125,7 @@ class DetectorAdapter(ABC):
 
     @abstractmethod
     def features(self, images: "ImageList") -> dict[str, Tensor]:
-        """Computes the levels [B, C, h, w] of prepared images."""
-
-    def predict(self, images: "ImageList") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Computes the levels of prepared images and what `query_taps` name, of a set."""
-        raise self._lacks("predictions of queries")
+        """Computes the levels [B, C, h, w] of prepared images, and of a set what `query_taps` name."""
 
     def anchors(self, images: "ImageList") -> list[Tensor]:
         """Returns for each prepared image its anchors [A, 4], in the order of a pass without proposals.

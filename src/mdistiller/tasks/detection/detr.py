@@ -141,15 +141,12 @@ class DetrAdapter(DetectorAdapter):
         return self.model.detr(images.tensors, labels=labels, return_dict=True)
 
     def features(self, images: "ImageList") -> dict[str, Tensor]:
-        return self.predict(images)[0]
-
-    def predict(self, images: "ImageList") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self._run(images, None)[1:]
+        return self._run(images, None)[1]
 
     def _run(
         self, images: "ImageList", labels: list[dict[str, Tensor]] | None
-    ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-        """Runs the model; returns its output, the levels, and the predictions of its queries."""
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Runs the model; returns its output, and the levels with the predictions of its queries."""
         detr, kind = self.model.detr, self.model.kind
         if kind not in MULTISCALE:
             with recorded(detr, ["model.input_projection"] if kind == "detr" else []) as calls:
@@ -165,7 +162,7 @@ class DetrAdapter(DetectorAdapter):
             logits = out.logits - out.logits.logsumexp(2, keepdim=True)
             logits = logits - torch.log1p(-logits.exp().clamp(max=1 - 1e-6))  # each class against all others
             queries = {"queries.logits": logits[:, None, :, :-1], "queries.boxes": out.pred_boxes[:, None]}
-            return out, dict(zip(self.levels, maps, strict=True)), queries
+            return out, {**dict(zip(self.levels, maps, strict=True)), **queries}
         decoder = detr.model.decoder
         before = decoder.training
         # Else D-FINE's has its last layer's predictions only. The layers keep their mode.
@@ -182,7 +179,7 @@ class DetrAdapter(DetectorAdapter):
         if kind == "d_fine":
             found["queries.sides"] = out.intermediate_predicted_corners[:, :, -count:].unflatten(3, (4, -1))
             found["queries.places"] = self._places(out.initial_reference_points[:, :, -count:])
-        return out, dict(zip(self.levels, out.encoder_last_hidden_state, strict=True)), found
+        return out, {**dict(zip(self.levels, out.encoder_last_hidden_state, strict=True)), **found}
 
     @torch.no_grad()
     def _places(self, boxes: Tensor) -> Tensor:
@@ -207,7 +204,7 @@ class DetrAdapter(DetectorAdapter):
                 {"class_labels": target["labels"] - 1, "boxes": box_convert(part, "xyxy", "cxcywh")}
             )
             objects.append(part * part.new_tensor([width, height]).repeat(2))
-        out, maps, queries = self._run(prepared, labels)
+        out, found = self._run(prepared, labels)
         # Those of squares are weighted already.
         config, factors = self.model.detr.config, {"loss_bbox": 1.0, "loss_giou": 1.0}
         if self.model.kind not in MULTISCALE:
@@ -222,20 +219,20 @@ class DetrAdapter(DetectorAdapter):
             losses["loss_bbox"] = losses["loss_bbox"] + sum(0.0 * p.sum() for p in unused)
         return losses, DetectorPass(
             images=prepared,
-            features=maps,
+            features=found,
             strides={name: level.stride for name, level in self.levels.items()},
             logits=None,
             labels=None,
             objects=objects,
-            anchors=[self._squares(maps)] * len(images),
-            per_position=(1,) * len(maps),
-            queries=queries,
+            anchors=[self._squares(found)] * len(images),
+            per_position=(1,) * len(self.levels),
         )
 
-    def _squares(self, maps: dict[str, Tensor]) -> Tensor:
+    def _squares(self, features: dict[str, Tensor]) -> Tensor:
         """Returns a square around each cell, four strides wide, by which FGFI finds cells near objects."""
         found = []
-        for x, (stride, _) in zip(maps.values(), self.levels.values(), strict=True):
+        for name, (stride, _) in self.levels.items():
+            x = features[name]
             rows, columns = ((torch.arange(n, device=x.device) + 0.5) * stride for n in x.shape[2:])
             centers = torch.cartesian_prod(rows, columns).flip(1)
             found.append(torch.cat([centers - 2 * stride, centers + 2 * stride], 1))

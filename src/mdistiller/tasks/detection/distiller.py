@@ -44,7 +44,6 @@ def outputs_of(adapter: DetectorAdapter, result: DetectorPass, taps: Iterable[st
         known = known | object_masks(result)
     if BOXES in taps:
         known = known | {BOXES: adapter.decode(result)}
-    known = known | (result.queries or {})
     logits = result.images.tensors.new_empty(0) if result.logits is None else result.logits
     return Outputs(logits, {name: known[name] for name in taps})
 
@@ -57,7 +56,7 @@ def overlaps(student: DetectorPass) -> dict[str, Tensor]:
     """
     from torchvision.ops import box_iou
 
-    grids = [feature.shape[2:] for feature in student.features.values()]
+    grids = [student.features[name].shape[2:] for name in student.strides]
     fits = [anchors.new_zeros(len(anchors)) for anchors in student.anchors]
     for i, (boxes, anchors) in enumerate(zip(student.objects, student.anchors, strict=True)):
         if len(boxes):
@@ -68,7 +67,7 @@ def overlaps(student: DetectorPass) -> dict[str, Tensor]:
     parts = torch.stack(fits).split(counts, 1)
     return {
         f"{name}{OVERLAP}": part.unflatten(1, (h, w, -1)).amax(3)[:, None]
-        for name, part, (h, w) in zip(student.features, parts, grids, strict=True)
+        for name, part, (h, w) in zip(student.strides, parts, grids, strict=True)
     }
 
 
@@ -78,8 +77,8 @@ def object_masks(student: DetectorPass) -> dict[str, Tensor]:
     An object covers the cells that its box touches. Where several overlap, the smallest one counts.
     """
     masks = {}
-    for name, feature in student.features.items():
-        stride, (h, w) = student.strides[name], feature.shape[2:]
+    for name, stride in student.strides.items():
+        h, w = student.features[name].shape[2:]
         found = []
         for boxes in student.objects:
             first, last = (boxes[:, :2] / stride).floor(), (boxes[:, 2:] / stride).ceil()
@@ -128,16 +127,12 @@ class DetectionTeacher(Teacher):
             # Not `inference_mode`: the outputs enter autograd.
             with torch.no_grad():
                 own = self.adapter.prepare(batch.image)
-                queries: dict[str, Tensor] = {}
-                if set(self.adapter.query_taps) & self.taps.keys():
-                    levels, queries = self.adapter.predict(own)
-                else:
-                    levels = self.adapter.features(own)
+                levels = self.adapter.features(own)
                 found = own.tensors.new_empty(0)
                 if self.logits:
                     found = self.adapter.class_logits(levels, own, student)
                 boxes = self.adapter.boxes(levels, own, student) if BOXES in self.taps else None
-                features = self._resampled(levels, own, student) | queries
+                features = self._tapped(levels, own, student)
             if boxes is not None:
                 features[BOXES] = _scaled(boxes, own, student.images)
             if self.hold is not None:
@@ -145,12 +140,12 @@ class DetectionTeacher(Teacher):
                 features |= zip(CROSS, (cross_logits, _scaled(cross_boxes, own, student.images)), strict=True)
         return Outputs(found, features)
 
-    def _resampled(
+    def _tapped(
         self, levels: dict[str, Tensor], own: "ImageList", student: DetectorPass
     ) -> dict[str, Tensor]:
-        features = {}
+        features = {name: levels[name] for name in self.taps if name in levels}
         for name, on in self.taps.items():
-            if name in levels:
+            if name in self.adapter.levels:
                 grid = student.features[on].shape[2:], student.strides[on], student.images
                 features[name] = resample(levels[name], self.adapter.levels[name].stride, own, *grid)
         return features
