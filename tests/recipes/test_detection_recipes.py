@@ -91,7 +91,7 @@ def test_what_is_refused():
         ({"compile": "default"}, "compile: a detector runs without torch.compile; allowed: off"),
         ({"diagnostics": True}, r"diagnostics\n.*Extra inputs are not permitted"),  # a field of classifiers
         ({"teacher": {"name": "self"}}, "needs the average's decay"),
-        ({"augment": {"short_sides": []}}, "short_sides are lengths"),
+        ({"augment": {"short_sides": []}}, r"short_sides\n.*at least 1 item"),
         ({"method": {"name": "crd"}}, "method for detectors"),
         ({"method": CRDConfig()}, "method for detectors"),
     ):

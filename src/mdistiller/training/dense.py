@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from mdistiller.config import RunConfig, find_field
@@ -146,11 +146,14 @@ def _absolute(model: M) -> M:
     return model.model_copy(update={"options": model.options | files})
 
 
-def rising_factors(value: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Checks two factors of a config; raises ValueError unless they rise and are above 0."""
-    if value is not None and not 0 < value[0] <= value[1]:
+def _rising(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1]:
         raise ValueError("allowed are two rising factors above 0")
     return value
+
+
+Factors = Annotated[tuple[float, float], AfterValidator(_rising)]
+"""Lowest and highest factor of a random scale."""
 
 
 def check_classes(

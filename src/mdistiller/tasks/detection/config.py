@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from mdistiller.config import RunConfig
-from mdistiller.methods import Method, MethodConfig
 from mdistiller.settings import Settings
 from mdistiller.tasks.detection.methods import default_config, get_method
 from mdistiller.tasks.detection.models import check_detector
-from mdistiller.training.dense import DenseConfig, DenseDataConfig, rising_factors
+from mdistiller.training.dense import DenseConfig, DenseDataConfig, Factors
 from mdistiller.types import Metric
 
 
@@ -49,13 +48,13 @@ class DetectionDataConfig(DenseDataConfig):
 class DetectionAugmentConfig(Settings):
     """Size and random changes of the training images."""
 
-    short_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+    short_sides: tuple[PositiveInt, ...] = Field(default=(640, 672, 704, 736, 768, 800), min_length=1)
     """Lengths of the short side in pixels: a random one in training, the last one in evaluation."""
     long_side: int = Field(default=1333, ge=1)
     """Limit of the long side in pixels; the short side shrinks with it."""
     flip: bool = True
     """Mirror half of the images."""
-    scale_jitter: tuple[float, float] | None = None
+    scale_jitter: Factors | None = None
     """Lowest and highest factor of a random scale, such as 0.5 2. Training images are then squares of the
     last short side, cut from the scaled image or filled up with black; other short sides do not count."""
 
@@ -63,15 +62,6 @@ class DetectionAugmentConfig(Settings):
     def size(self) -> dict[str, int]:
         """Size of the images in evaluation, as arguments of `create_detector`."""
         return {"short_side": self.short_sides[-1], "long_side": self.long_side}
-
-    _check_jitter = field_validator("scale_jitter")(rising_factors)
-
-    @field_validator("short_sides")
-    @classmethod
-    def _check_lengths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or min(value) < 1:
-            raise ValueError("short_sides are lengths in pixels, at least one of them")
-        return value
 
 
 class DetectionConfig(DenseConfig):
@@ -97,10 +87,5 @@ class DetectionConfig(DenseConfig):
     """Images per evaluation batch and process. They are padded to one size, which changes predictions a
     little, so runs compare at one size."""
 
-    @classmethod
-    def method_class(cls, name: str) -> type[Method]:
-        return get_method(name)
-
-    @classmethod
-    def method_named(cls, name: str) -> MethodConfig:
-        return default_config(name)
+    method_class: ClassVar = staticmethod(get_method)
+    method_named: ClassVar = staticmethod(default_config)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD
-from mdistiller.methods import Method, MethodConfig
 from mdistiller.settings import Mean, Settings, Std
 from mdistiller.tasks.segmentation.methods import default_config, get_method
 from mdistiller.tasks.segmentation.segmenter import check_segmenter
-from mdistiller.training.dense import DenseConfig, DenseDataConfig, rising_factors
+from mdistiller.training.dense import DenseConfig, DenseDataConfig, Factors
 from mdistiller.types import Metric
 
 
@@ -58,15 +57,13 @@ class SegmentationAugmentConfig(Settings):
 
     crop: tuple[PositiveInt, PositiveInt] = (512, 512)
     """Height and width of training images in pixels; smaller images are padded, with ignored pixels."""
-    scale: tuple[float, float] = (0.5, 2.0)
+    scale: Factors = (0.5, 2.0)
     """Smallest and largest factor of the random scale of training images."""
     short_side: int | None = Field(default=None, ge=1)
     """Length in pixels to which the short side of each image is scaled first, also in evaluation; metrics are
     of the masks in their own size. None: images keep their size."""
     flip: bool = True
     """Mirror half of the images."""
-
-    _check_scale = field_validator("scale")(rising_factors)
 
 
 class SegmentationConfig(DenseConfig):
@@ -98,10 +95,5 @@ class SegmentationConfig(DenseConfig):
     teacher_cache: Path | None = None
     """Not for segmentation: a teacher's outputs for random crops take more room and time than its pass."""
 
-    @classmethod
-    def method_class(cls, name: str) -> type[Method]:
-        return get_method(name)
-
-    @classmethod
-    def method_named(cls, name: str) -> MethodConfig:
-        return default_config(name)
+    method_class: ClassVar = staticmethod(get_method)
+    method_named: ClassVar = staticmethod(default_config)
