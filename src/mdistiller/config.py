@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
-from mdistiller.errors import MDistillerError
+from mdistiller.errors import ConfigError, MDistillerError
 from mdistiller.methods import Method, MethodConfig, get_method
 from mdistiller.methods.changes import open_weights, unset
 from mdistiller.methods.compose import method_config, needs_teacher
@@ -326,6 +326,14 @@ class RunConfig(Settings):
     def method_named(cls, name: str) -> MethodConfig:
         """Returns a method's config with the task's defaults; errors as `method_class`."""
         return method_config(name, cls.method_class)
+
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        """Whether the task takes a method, by its name."""
+        try:
+            return bool(cls.method_class(name))
+        except ConfigError:
+            return False
 
     @classmethod
     def known_fields(cls, values: Mapping[str, object]) -> dict[str, type[BaseModel] | None]:

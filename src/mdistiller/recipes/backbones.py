@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from mdistiller.config import SELF
 from mdistiller.errors import UnknownNameError
-from mdistiller.methods import MethodConfig
 from mdistiller.models.backbone import is_backbone
 from mdistiller.recipes.family import Family
 from mdistiller.training.dense import DenseConfig
@@ -30,9 +29,6 @@ class BackboneFamily(Family):
     def find_model(self, name: str) -> str:
         self.Config.check_name(name)
         return name
-
-    def method_config(self, name: str) -> MethodConfig:
-        return self.Config.method_named(name)
 
     def find_teacher(self, name: str) -> str:
         return name if is_backbone(name, self.find_model) else self.find_model(name)

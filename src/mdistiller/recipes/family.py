@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from mdistiller.config import SELF, RunConfig
 from mdistiller.errors import UnknownNameError, nearest_names
-from mdistiller.methods import MethodConfig, get_method, list_methods, method_config
+from mdistiller.methods import MethodConfig, get_method, list_methods
 from mdistiller.methods.changes import takes_auto
 from mdistiller.models import ModelConfig, list_models
 from mdistiller.models.external import like_external
@@ -37,6 +37,9 @@ class Family:
     photographs: an unknown model's nearest names are those of torchvision and timm, not the CIFAR models.
     """
 
+    Config: ClassVar[type[RunConfig]] = RunConfig
+    """The task's config, which knows the methods."""
+
     about: ClassVar[str] = ""
     """Form of pairs and models, where they are more than the names of models."""
 
@@ -64,7 +67,7 @@ class Family:
 
     def methods(self) -> list[str]:
         """Lists the methods that distil a pair."""
-        return [name for name in list_methods() if get_method(name).needs.teacher]
+        return [n for n in list_methods() if get_method(n).needs.teacher and self.Config.takes(n)]
 
     def find_model(self, name: str) -> str:
         """Returns the full name of a model.
@@ -157,7 +160,7 @@ class Family:
 
     def method_config(self, name: str) -> MethodConfig:
         """Returns the default config of a method."""
-        return method_config(name)
+        return self.Config.method_named(name)
 
 
 _FAMILIES: dict[str, Family] = {}

@@ -295,7 +295,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         return listing.describe_models()
 
     def list_methods(self) -> list[Line]:
-        return [listing.describe_method(name) for name in list_methods()]
+        return [listing.describe_method(name) for name in list_methods() if self.Config.takes(name)]
 
     def deployment(self) -> Deployment:
         return ClassifierDeployment()

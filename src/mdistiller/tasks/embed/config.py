@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mdistiller.data import DataConfig
 from mdistiller.errors import ConfigError
-from mdistiller.methods import Method
+from mdistiller.methods import Method, MethodConfig, method_config
 from mdistiller.methods.changes import open_weights
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.types import Line, Metric
@@ -78,6 +78,10 @@ class EmbedConfig(ClassificationConfig):
                     "methods that read features alone, such as 'tokens' or 'fitnet', and their sums"
                 )
         return found
+
+    @classmethod
+    def method_named(cls, name: str) -> MethodConfig:
+        return method_config(name, cls.method_class, task_weight=0.0)
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:

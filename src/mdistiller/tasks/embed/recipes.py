@@ -2,10 +2,9 @@
 
 from mdistiller.config import OptimConfig
 from mdistiller.data import AugmentConfig
-from mdistiller.methods import MethodConfig, get_method, method_config
 from mdistiller.models import ModelConfig
 from mdistiller.recipes.family import Family, register_family
-from mdistiller.tasks.embed.config import EmbedConfig, EmbedData, suits
+from mdistiller.tasks.embed.config import EmbedConfig, EmbedData
 
 
 def embed(model: str) -> EmbedConfig:
@@ -24,15 +23,10 @@ def embed(model: str) -> EmbedConfig:
 
 
 class EmbedFamily(Family):
-    """Recipes without labels, with the methods that suit those."""
+    """Recipes without labels."""
 
+    Config = EmbedConfig
     labeled = False
-
-    def methods(self) -> list[str]:
-        return [name for name in super().methods() if suits(get_method(name))]
-
-    def method_config(self, name: str) -> MethodConfig:
-        return method_config(name, EmbedConfig.method_class, task_weight=0.0)
 
 
 register_family(

@@ -9,14 +9,14 @@ from mdistiller.config import RunConfig
 from mdistiller.data import Splits, load_data
 from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError
-from mdistiller.methods import Method, get_method
+from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
 from mdistiller.taps import probe
 from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import training_images
 from mdistiller.tasks.classification.task import ClassificationTask
-from mdistiller.tasks.embed.config import EmbedConfig, suits
+from mdistiller.tasks.embed.config import EmbedConfig
 from mdistiller.tasks.embed.deployment import EmbedDeployment
 from mdistiller.tasks.embed.evaluate import EmbedEvaluator, embedding_of
 from mdistiller.teacher import Teacher
@@ -55,7 +55,7 @@ class EmbedTask(ClassificationTask):
     format_metrics = Task.format_metrics
 
     def list_methods(self) -> list[Line]:
-        return [row for row in super().list_methods() if suits(get_method(row["name"]))]
+        return [row for row in super().list_methods() if row["name"] != "none"]
 
     def check(self, config: ClassificationConfig) -> None:
         if not config.has_teacher:

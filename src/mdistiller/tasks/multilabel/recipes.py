@@ -1,6 +1,5 @@
 """Recipes for one's own images with several classes each."""
 
-from mdistiller.methods import MethodConfig, get_method, method_config
 from mdistiller.recipes.family import Family, register_family
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.recipes import basic
@@ -13,13 +12,9 @@ def _several(run: ClassificationConfig) -> MultiLabelConfig:
 
 
 class MultiLabelFamily(Family):
-    """Recipes for images with several classes each, with the methods that suit those."""
+    """Recipes for images with several classes each."""
 
-    def methods(self) -> list[str]:
-        return [name for name in super().methods() if not get_method(name).needs.one_class]
-
-    def method_config(self, name: str) -> MethodConfig:
-        return method_config(name, MultiLabelConfig.method_class)
+    Config = MultiLabelConfig
 
 
 register_family(

@@ -8,7 +8,7 @@ from mdistiller.config import RunConfig
 from mdistiller.data import Splits
 from mdistiller.errors import ConfigError
 from mdistiller.losses import TaskLoss, binary_cross_entropy
-from mdistiller.methods import Method, get_method
+from mdistiller.methods import Method
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.deployment import ClassifierDeployment
 from mdistiller.tasks.classification.task import LOWEST, ClassificationTask
@@ -24,9 +24,6 @@ class MultiLabelTask(ClassificationTask):
     name = "multilabel"
     Config: ClassVar[type[RunConfig]] = MultiLabelConfig
     measure = staticmethod(evaluate)
-
-    def list_methods(self) -> list[Line]:
-        return [row for row in super().list_methods() if not get_method(row["name"]).needs.one_class]
 
     def check_kind(self, data: Splits) -> None:
         if not data.multi_label:
