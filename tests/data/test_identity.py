@@ -1,5 +1,6 @@
 """The same images are recognized, and one changed byte in any of them makes another set."""
 
+import hashlib
 import os
 import shutil
 import warnings
@@ -87,6 +88,16 @@ def test_every_item_of_a_dataset_counts(registries):
         images[i, 0, 3, 3] ^= 128
         seen.add(found(".", kind="items")["sha256"])
     assert len(seen) == 101
+
+
+def test_decoded_images_are_hashed_once(monkeypatch):
+    splits = load_data(DataConfig(kind="synthetic", synthetic_samples=20))
+    sizes, sha256 = [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda data=b"": sizes.append(len(bytes(data))) or sha256(data))
+    first = identity.identify(splits, 0)
+    assert first == identity.identify(splits, 0)
+    assert identity.identity(splits.train)["sha256"] in first.values()
+    assert sizes.count(splits.train.images.nbytes) == 1
 
 
 def test_copies_of_training_images_are_counted(root):

@@ -4,7 +4,7 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mdistiller.data.cores import Workers, count_workers
 from mdistiller.data.dataset import ImageSet, Splits, StreamSet, TensorStream
@@ -23,6 +24,7 @@ from mdistiller.types import Line
 
 COMPARED = 100_000  # files whose bytes are compared; more may cost minutes to read before the first step
 _DECODED = 4  # of so many images of a sample, one is decoded, since large photographs take time
+_HASHES: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
 _FRESH = 2  # seconds in which a second change of a file may leave its time as it is
 
 
@@ -71,7 +73,7 @@ def identify(splits: Splits, workers: Workers = "auto") -> dict[str, str]:
         # The same files may be decoded in memory here, and read as they are there.
         kind = f"{name} ({type(images).__name__})"
         if isinstance(images, ImageSet | TensorStream):
-            hashes[kind] = _hash_bytes(images.images.cpu())
+            hashes[kind] = _hash_bytes(images.images)
         elif isinstance(images, EncodedSet) and len(images) <= COMPARED:
             hashes[kind] = hash_all(images, workers)
     return hashes
@@ -151,5 +153,8 @@ def _remember(found: Mapping[bytes, bytes], asked: Iterable[bytes] = ()) -> dict
     return known
 
 
-def _hash_bytes(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().data).hexdigest()
+def _hash_bytes(images: Tensor) -> str:
+    """Computes the SHA-256 of decoded images, once: resuming and the teacher's cache both ask for it."""
+    if images not in _HASHES:
+        _HASHES[images] = hashlib.sha256(images.cpu().contiguous().numpy().data).hexdigest()
+    return _HASHES[images]
