@@ -230,12 +230,17 @@ def _setting(value: object, out: str) -> str:
 
 def teacher_names(runs: Sequence[RunRecord]) -> dict[tuple[str | None, ...], str]:
     """Returns the names of teachers, by `taught_by`: "teacher", or with their models if there are several."""
+    return {taught_by: f"teacher {name}".rstrip() for taught_by, name in _apart(runs).items()}
+
+
+def _apart(runs: Sequence[RunRecord]) -> dict[tuple[str | None, ...], str]:
+    """Returns what tells teachers apart, by `taught_by`: their models; an empty text for a single one."""
     known = list(dict.fromkeys(run.taught_by for run in runs if run.teacher is not None))
     models = [model for model, *_ in known]
     found = {}
     for model, *files in known:
         more = [Path(str(file)).name for file in files] if models.count(model) > 1 else []
-        found[model, *files] = " ".join(["teacher", str(model), *more]) if len(known) > 1 else "teacher"
+        found[model, *files] = " ".join([str(model), *more]) if len(known) > 1 else ""
     return found
 
 
@@ -247,7 +252,7 @@ def _titles(runs: Sequence[RunRecord]) -> list[str]:
     """
     taught = [run for run in runs if run.teacher is not None]
     students = {run.student for run in taught or runs}
-    models, teachers = {_model(run) for run in taught}, teacher_names(runs)
+    models, teachers, apart = {_model(run) for run in taught}, teacher_names(runs), _apart(runs)
     places = {
         place: teachers[run.taught_by]
         for run in taught
@@ -259,7 +264,7 @@ def _titles(runs: Sequence[RunRecord]) -> list[str]:
         if not run.is_trained:
             return f"{run.student}, evaluated"
         if run.teacher is not None:
-            teacher = teachers[run.taught_by].removeprefix("teacher").replace(" ", " from ", 1)
+            teacher = f" from {apart[run.taught_by]}" if apart[run.taught_by] else ""
             return method_title(run.method) + teacher + f" into {run.student}" * (len(students) > 1)
         known = [p for p in (run.path.resolve(), Path(str(run.config.get("out"))).resolve()) if p in places]
         if known and _model(run) not in models:
