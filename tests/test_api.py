@@ -500,6 +500,10 @@ MODULE = net()
 WRONG = {
     "method": (wrong(method="dkdd"), "unknown method 'dkdd'; nearest: dkd"),
     "fields of the method": (wrong(method={"beta": 2}), "method: got fields without a name; allowed"),
+    "built method": (
+        wrong(method=mdistiller.Distiller(net(), net(), "dkd", total_steps=1).method),
+        "method: got a built method; allowed: a method's name, its config",
+    ),
     "setting of the method": (
         wrong(method={"name": "dkd", "bet": 2}),
         "method.bet: unknown .* nearest: beta",

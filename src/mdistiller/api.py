@@ -12,8 +12,9 @@ from mdistiller.arguments import Objects, config_for, find_data, find_model, nam
 from mdistiller.checks import one_each
 from mdistiller.config import RunConfig
 from mdistiller.deploy.student import find_student, load_student
+from mdistiller.distiller import AnyMethod
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import MethodConfig, load_plugins, recorded_plugins
+from mdistiller.methods import load_plugins, recorded_plugins
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
 from mdistiller.models.weights import read_metadata
@@ -29,10 +30,6 @@ from mdistiller.types import Line, Summary
 
 Model = nn.Module | ModelConfig | Mapping[str, object] | str | Path
 """A module, a model's name, a run folder or a student's file, or the fields of a `ModelConfig`."""
-AnyMethod = str | Mapping[str, object] | MethodConfig
-"""A method's name, its fields with the `name` among them, or its config."""
-
-
 Shown = Reporter | Literal[False] | None
 """Progress display. None: a bar in a terminal, lines elsewhere, on stderr; False: nothing."""
 
@@ -207,8 +204,7 @@ class Run:
         """Continues the run from its last state to its end, and returns it."""
         with self.objects.known():
             config = load_config(self.folder / CONFIG, whole=True).model_copy(update={"out": self.path})
-            result = launch.train(config, resume=True, reporter=_display(reporter), usual=_usual(config))
-        return _finished(result, self.objects)
+        return _train(config, self.objects, resume=True, reporter=reporter)
 
 
 def train(
@@ -247,8 +243,7 @@ def train(
             changes["augment"] = {"crop": "auto", **augment} if isinstance(augment, Mapping) else augment
     with objects.known():
         config = _with_plugins(config, plugins).replace(**changes)
-        result = launch.train(config, resume=resume, reporter=_display(reporter), usual=_usual(config))
-    return _finished(result, objects)
+    return _train(config, objects, resume=resume, reporter=reporter)
 
 
 def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | None:
@@ -377,12 +372,7 @@ def distill(
         if first is not None:
             config = first.fit_data(config)
         config = _with_plugins(config, plugins).replace(data=data_fields, **settings)
-        result = launch.train(config, resume=resume, reporter=_display(reporter), usual=_usual(config))
-    return _finished(result, objects)
-
-
-def _display(reporter: Shown) -> Reporter | None:
-    return ProgressDisplay() if reporter is None else reporter or None
+    return _train(config, objects, resume=resume, reporter=reporter)
 
 
 def _with_plugins(config: RunConfig, files: Sequence[str | Path]) -> RunConfig:
@@ -390,11 +380,12 @@ def _with_plugins(config: RunConfig, files: Sequence[str | Path]) -> RunConfig:
     return config.model_copy(update={"plugins": tuple(dict.fromkeys(found))})
 
 
-def _usual(config: RunConfig) -> RunConfig | None:
-    return recipe_of(config) if config.log else None
-
-
-def _finished(result: launch.RunResult, objects: Objects) -> Run:
+def _train(config: RunConfig, objects: Objects, *, resume: bool, reporter: Shown) -> Run:
+    """Runs a config whose names stand for objects."""
+    shown = ProgressDisplay() if reporter is None else reporter or None
+    with objects.known():
+        usual = recipe_of(config) if config.log else None
+        result = launch.train(config, resume=resume, reporter=shown, usual=usual)
     run = Run.__new__(Run)
     run.path, run.objects, run._summary = result.path, objects, result.summary
     return run

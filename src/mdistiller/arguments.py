@@ -17,8 +17,9 @@ from mdistiller.data.given import read_given
 from mdistiller.data.registry import Reader, given_data
 from mdistiller.deploy.hub import local_path
 from mdistiller.deploy.teacher import GivenTeacher, find_teacher
+from mdistiller.distiller import AnyMethod
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods import MethodConfig
+from mdistiller.methods import Method, MethodConfig
 from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
 from mdistiller.models.own_input import find_input
@@ -50,16 +51,15 @@ def config_for(
     family: str,
     student: GivenTeacher,
     teacher: GivenTeacher | None,
-    method: str | Mapping[str, object] | MethodConfig,
+    method: AnyMethod,
     pretrained: bool | None,
 ) -> RunConfig:
     """Returns the recipe's config for two models and a method."""
-    fields = {} if isinstance(method, str) else dict(method)
+    fields = dict(method) if isinstance(method, Mapping | MethodConfig) else {}
     name = method if isinstance(method, str) else getattr(method, "method_name", fields.get("name"))
     if not isinstance(name, str):
-        raise ConfigError(
-            "method: got fields without a name; allowed: a method's name, or fields with `name`"
-        )
+        got = "a built method" if isinstance(method, Method) else "fields without a name"
+        raise ConfigError(f"method: got {got}; allowed: a method's name, its config, or fields with `name`")
     own = student.model if isinstance(student.model, ModelConfig) else ModelConfig(name=student.model)
     if pretrained is None:
         pretrained = own.checkpoint is not None or is_pretrained(own.options)
