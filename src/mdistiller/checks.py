@@ -33,25 +33,6 @@ def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
         )
 
 
-def check_probabilities(target: Tensor, *, has_unlabeled: bool = False) -> None:
-    """Checks that float targets are class probabilities; it waits for the device.
-
-    Rows that are mixed with images without a class, as `has_unlabeled` allows, sum to less than one.
-
-    Raises:
-        ConfigError: float targets whose rows do not sum to one, as of multi-label data.
-    """
-    if not target.is_floating_point() or target.ndim != 2:
-        return
-    sums = target.detach().float().sum(-1)
-    off = sums > 1.01 if has_unlabeled else (sums - 1).abs() > 1e-2
-    if bool(off.any()):
-        raise ConfigError(
-            "target: float targets are class probabilities, and each row must sum to one; got a row that "
-            f"sums to {sums[off][0].item():g}. Several classes at once need Distiller(..., multi_label=True)"
-        )
-
-
 def check_index(method: Method, index: Tensor | None, images: int | None) -> None:
     """Checks the positions of a batch in a training set of so many images, if they are on a CPU.
 
@@ -99,10 +80,12 @@ def _one_view(method: Method) -> str:
 def check_target(method: Method, target: Tensor, logits: Tensor) -> None:
     """Checks that a target has a class, or a probability for each, for every row of logits [B, C].
 
-    It waits for the device. See `check_probabilities`, too.
+    It waits for the device. Rows of probabilities sum to one, or to less where they are mixed with images
+    without a class.
 
     Raises:
-        ConfigError: another type or shape, an id that is no class, or -100 where the method reads labels.
+        ConfigError: another type or shape, an id that is no class, -100 where the method reads labels, or
+            rows of another sum, as of multi-label data.
     """
     rows, classes = logits.shape
     got, fix = f"{target.dtype} {list(target.shape)}".removeprefix("torch."), ""
@@ -128,7 +111,15 @@ def check_target(method: Method, target: Tensor, logits: Tensor) -> None:
             f"target: got {got}; allowed for logits {list(logits.shape)}: int64 [{rows}], classes 0 … "
             f"{classes - 1} or -100 for none, or float [{rows}, {classes}], probabilities{fix}"
         )
-    check_probabilities(target, has_unlabeled=method.has_unlabeled)
+    if target.is_floating_point():
+        sums = target.detach().float().sum(1)
+        off = sums > 1.01 if method.has_unlabeled else (sums - 1).abs() > 1e-2
+        if off.any():
+            raise ConfigError(
+                "target: float targets are class probabilities, and each row must sum to one; got a row that "
+                f"sums to {sums[off][0].item():g}. Several classes at once need "
+                "Distiller(..., multi_label=True)"
+            )
 
 
 def check_teacher(outputs: Outputs, inputs: Inputs) -> None:
