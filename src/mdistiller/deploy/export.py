@@ -5,7 +5,8 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,14 @@ def export_student(
             exported = open_model(path, format, deployment, torch.device("cpu"))
             check = _check(path, exported, deployment, student, file.metadata, rounds=int8)
             fields = dict(file.fields)
-            data = _test_set(path, deployment, config) if evaluate and config is not None else None
+            data = None
+            if evaluate and config is not None:
+                with _unmeasured(path):
+                    data = deployment.load_test_set(config)
             fields |= _cost(path, exported, deployment, ModelInput(**fields), student, data)
             if data is not None and config is not None:
-                fields["measured"] = _measure(path, format, deployment, config, student, target, data)
+                with _unmeasured(path):
+                    fields["measured"] = _measure(path, format, deployment, config, student, target, data)
             card = Card(
                 **fields,
                 **_origin(file, format),
@@ -219,13 +224,13 @@ def _likely_cause(
     return "a branch on values (`if`, `.item()`), or an operation that the format rounds otherwise"
 
 
-def _test_set(path: Path, deployment: Deployment, config: RunConfig) -> Any:
-    """Reads the run's test set; None, with a warning, where that fails."""
+@contextmanager
+def _unmeasured(path: Path) -> Iterator[None]:
+    """Context in which a test set that cannot be read gives a warning."""
     try:
-        return deployment.load_test_set(config)
+        yield
     except (MDistillerError, OSError) as error:
-        warnings.warn(f"accuracy of {path.name}: not measured: {error}", stacklevel=3)
-        return None
+        warnings.warn(f"accuracy of {path.name}: not measured: {error}", stacklevel=4)
 
 
 def _cost(
@@ -255,16 +260,12 @@ def _measure(
     student: nn.Module,
     target: torch.device,
     data: Any,
-) -> Measured | None:
-    """Evaluates student and file on the run's test set; None, with a warning, where that cannot be read."""
-    try:
-        used = torch.device("cpu") if format == "onnx" else target
-        exported = open_model(path, format, deployment, used)
-        models = [deployment.as_model(student.to(target)), lambda image: exported(image.to(used))]
-        before, after = deployment.evaluate(models, config, data, target)
-    except (MDistillerError, OSError) as error:
-        warnings.warn(f"accuracy of {path.name}: not measured: {error}", stacklevel=3)
-        return None
+) -> Measured:
+    """Evaluates student and file on the run's test set."""
+    used = torch.device("cpu") if format == "onnx" else target
+    exported = open_model(path, format, deployment, used)
+    models = [deployment.as_model(student.to(target)), lambda image: exported(image.to(used))]
+    before, after = deployment.evaluate(models, config, data, target)
     metric = config.metrics[0]
     found = Measured(
         metric=metric,
