@@ -89,18 +89,15 @@ class Family:
         try:
             teacher, student = split_pair(pair, self.aliases)
         except UnknownNameError as error:
-            if error.name == pair and not self.photographs:
-                known = [pair for family in all_families().values() for pair in family.pairs]
-                raise UnknownNameError(PAIR, pair, known, HINT) from None
+            near = self._pairs_like(pair) if self.photographs else []
+            if near or error.name == pair:
+                families = (self,) if self.photographs else all_families().values()
+                known = [pair for family in families for pair in family.pairs]
+                raise UnknownNameError(PAIR, pair, known, HINT, nearest=near) from None
             if not self.photographs:
                 raise
-            if pairs := self._pairs_like(pair):
-                raise UnknownNameError(PAIR, pair, (), HINT, nearest=pairs) from None
-            if error.name == pair:
-                raise UnknownNameError(PAIR, pair, self.pairs, HINT) from None
-            raise UnknownNameError(
-                error.what, error.name, (), HINT, nearest=self._nearest(error.name)
-            ) from None
+            near = self._nearest(error.name)
+            raise UnknownNameError(error.what, error.name, (), HINT, nearest=near) from None
         return self.aliases.get(teacher, teacher), self.aliases.get(student, student)
 
     def split_open(self, models: str) -> tuple[str, str]:
