@@ -125,9 +125,10 @@ def build_trainer(
     if ema is not None:
         ema.to(world.device)
     trainer = Trainer(
-        config,
-        world,
+        config=config,
+        world=world,
         description=data.description,
+        identify=partial(task.identify, config, data),
         student=extended,
         distiller=distiller,
         phases=phases,
@@ -137,9 +138,8 @@ def build_trainer(
             "student_parameters": student_parameters,
             "method_parameters": trained - student_parameters,
         },
+        is_extended=extended is not student,
     )
-    trainer.is_extended = extended is not student
-    trainer.identify = partial(task.identify, config, data)
     arrange(task, config, data, trainer, source)
     return trainer
 

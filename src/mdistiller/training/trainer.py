@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,7 @@ def fit(trainer: Trainer, source: AnySource, stop: Stop, reporter: Reporter) -> 
         reporter.stop()
 
 
+@dataclass(eq=False, kw_only=True)
 class Trainer:
     """A run: its student, its state, and the methods that `fit` calls.
 
@@ -81,12 +83,14 @@ class Trainer:
         config: the run's config.
         world: this process.
         description: one line about the data.
+        identify: computes `data`, which may read every image.
         student: the model that makes the predictions and is saved.
         distiller: everything that trains.
         phases: parts of the student that stand still.
         ema: the student's moving average, or None.
         steps: batches of an epoch.
         parameters: parameter counts for the summary.
+        is_extended: whether the method made another model of the student.
 
     Attributes:
         step: number of steps done, from which everything random and the learning rate follow.
@@ -95,37 +99,28 @@ class Trainer:
         metadata: entries written beside the student's weights.
         teacher: the hash of the teacher's weights, by which a resumed run knows it.
         data: hashes of the data by name, likewise.
-        identify: computes `data`, which may read every image.
-        is_extended: whether the method made another model of the student.
     """
 
-    update: Update
-    evaluator: Evaluator
-    metadata: Line
-    is_extended = False
+    config: RunConfig
+    world: World
+    description: str
     identify: Callable[[], dict[str, str]]
+    student: nn.Module
+    distiller: Distiller
+    phases: Phases
+    ema: AveragedModel | None
+    steps: int
+    parameters: dict[str, int]
+    is_extended: bool
+    update: Update = field(init=False)
+    evaluator: Evaluator = field(init=False)
+    metadata: Line = field(init=False)
 
-    def __init__(
-        self,
-        config: RunConfig,
-        world: World,
-        *,
-        description: str,
-        student: nn.Module,
-        distiller: Distiller,
-        phases: Phases,
-        ema: AveragedModel | None,
-        steps: int,
-        parameters: dict[str, int],
-    ) -> None:
-        self.config, self.world = config, world
-        self.description, self.parameters = description, parameters
-        self.student, self.distiller, self.ema = student, distiller, ema
-        self.phases = phases
+    def __post_init__(self) -> None:
+        config, world, steps = self.config, self.world, self.steps
         self.run: RunFolder | None = None
         self.teacher: str | None = None
         self.data: dict[str, str] = {}
-        self.steps = steps
         self.total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
         self.probe_steps = min(config.probe_epochs * steps, self.total)
         self.step = self.epoch = 0
