@@ -233,7 +233,7 @@ def ours(c: Command, precision: str, *, cached: bool = False) -> Step:
     from steps import steps_of
 
     from mdistiller import get_recipe
-    from mdistiller.runs.progress import Silent
+    from mdistiller.runs.progress import Reporter
     from mdistiller.training.choose import build_fastest
     from mdistiller.training.distributed import World
     from mdistiller.training.task import get_task
@@ -256,7 +256,7 @@ def ours(c: Command, precision: str, *, cached: bool = False) -> Step:
             teacher_cache=Path(tempfile.mkdtemp()) if cached else None,
             teacher_views=1 if cached else None,
         )
-        config, trainer, source = build_fastest(task, config, world, Silent())
+        config, trainer, source = build_fastest(task, config, world, Reporter())
     print(f"precision: {config.precision}, layout: {config.layout}", file=sys.stderr)
     return steps_of(trainer, source, fill=len(source.splits.train) if cached else 0)
 

@@ -20,7 +20,7 @@ from mdistiller.data import DataConfig
 from mdistiller.models import ModelConfig
 from mdistiller.report.markup import markdown_table
 from mdistiller.runs.environment import environment
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training.build import build_run
 from mdistiller.training.choose import build_fastest
@@ -50,7 +50,7 @@ def measure(name: str, size: int, batch: int, rounds: int) -> dict[str, object]:
     )
     task = get_task("classification")
     with process_group("cpu") as world:
-        chosen, trainer, source = build_fastest(task, config, world, Silent())
+        chosen, trainer, source = build_fastest(task, config, world, Reporter())
         rows = {"the run's choice": (steps_of(trainer, source), [])}
         plain = config.replace(precision="float32", layout="contiguous")
         rows[PLAIN] = (steps_of(*build_run(task, plain, world)), [])

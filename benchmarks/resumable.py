@@ -14,7 +14,7 @@ from mdistiller import RunConfig
 from mdistiller.errors import ConfigError
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.lock import FolderLock
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.training.launch import train
 
 
@@ -43,7 +43,7 @@ def run(config: RunConfig) -> None:
     has_state = (folder / "resume.pt").is_file()
     if not has_state:
         shutil.rmtree(folder, ignore_errors=True)
-    train(config, resume=has_state, reporter=Silent())
+    train(config, resume=has_state, reporter=Reporter())
 
 
 def run_command(folder: Path, *words: Any) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import mdistiller
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import save_student
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.training.build import build_trainer
 from mdistiller.training.distributed import World
 from mdistiller.training.signals import Stop
@@ -33,7 +33,7 @@ SETTINGS = {
 }
 
 
-class StopAfter(Silent):
+class StopAfter(Reporter):
     """Sends the process a signal, as a person or a scheduler does."""
 
     def __init__(self, step):
@@ -81,7 +81,7 @@ def step_on(trainer, raw):
 def fit_alone(trainer, run=None, reporter=None, stop=None):
     """Trains to the end; the summary. An error that ends the run is raised."""
     trainer.run = run
-    reporter = Silent() if reporter is None else reporter
+    reporter = Reporter() if reporter is None else reporter
     for line in open_teacher(trainer):
         reporter.note(line)
     return fit(trainer, trainer.source, stop or Stop(trainer.world), reporter)

@@ -28,7 +28,7 @@ from mdistiller.data.given import read_given
 from mdistiller.deploy.teacher import GivenTeacher
 from mdistiller.errors import ConfigError, DataError, MDistillerError, UnknownNameError
 from mdistiller.models import ModelConfig
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 FAST = {
@@ -356,7 +356,7 @@ class StopError(Exception):
     pass
 
 
-class StopAt(Silent):
+class StopAt(Reporter):
     def step(self, done):
         if done == 5:
             raise StopError

@@ -18,7 +18,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.methods import list_methods
 from mdistiller.models import create_model, load_weights
 from mdistiller.runs.checkpoint import save_student
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.training import metrics, task
 from mdistiller.training.task import load_config
 
@@ -262,7 +262,7 @@ def test_the_students_start_does_not_depend_on_the_method(cli, student_run, tmp_
 # Resuming
 
 
-class Interrupt(Silent):
+class Interrupt(Reporter):
     """A user who presses ^C: after some evaluation, or at some step."""
 
     def __init__(self, epoch: int | None = None, step: int | None = None) -> None:

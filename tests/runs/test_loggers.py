@@ -21,7 +21,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe, recipe_of
 from mdistiller.runs import charts, loggers
 from mdistiller.runs.folder import read_metrics
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training import metrics
 from mdistiller.training.launch import train
@@ -48,7 +48,7 @@ class StopError(Exception):
     pass
 
 
-class StopAt(Silent):
+class StopAt(Reporter):
     def __init__(self, step):
         self.at = step
 

@@ -141,7 +141,7 @@ def probe_and_tuning(rank=0, size=1):
     from mdistiller.config import OptimConfig
     from mdistiller.methods import NoneConfig
     from mdistiller.models import ModelConfig
-    from mdistiller.runs.progress import Silent
+    from mdistiller.runs.progress import Reporter
     from mdistiller.tasks.classification.config import ClassificationConfig
     from mdistiller.training.signals import Stop
     from mdistiller.training.trainer import fit
@@ -163,7 +163,7 @@ def probe_and_tuning(rank=0, size=1):
     before = [p.detach().clone() for p in student.parameters()]
     world = World(torch.device("cpu"), rank, size)
     t = make_trainer(config, load_data(config.data), student, None, world)
-    end = fit(t, t.source, Stop(world), Silent())
+    end = fit(t, t.source, Stop(world), Reporter())
     assert end["probe"]["epoch"] == 1
     assert not any(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     return [p.detach() for p in student.parameters()]

@@ -23,7 +23,7 @@ from mdistiller.recipes import get_recipe
 from mdistiller.runs.checkpoint import load_state, save_state
 from mdistiller.runs.folder import RunFolder, read_metrics
 from mdistiller.runs.lock import FolderLock
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training import trainer
 from mdistiller.training.distributed import World
@@ -441,7 +441,7 @@ def small_teacher(tmp_path_factory):
     return {"teacher": {"name": "resnet8", "checkpoint": str(train(small(epochs=1, out=out)).path)}}
 
 
-class SignalAt(Silent):
+class SignalAt(Reporter):
     def __init__(self, step, number=signal.SIGTERM):
         self.at, self.number = step, number
 

@@ -26,7 +26,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods import DKDConfig, KDConfig, load_plugin, method_config
 from mdistiller.models import ModelConfig, registry as model_registry
 from mdistiller.runs.checkpoint import save_student
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.teacher import LiveTeacher
 from mdistiller.training import row_store
@@ -835,7 +835,7 @@ def test_a_run_resumes_exactly_with_a_cache(tmp_path):
     """Recorded up to the signal, read and recorded after it; with an empty cache and with a full one."""
     save_student(tmp_path / "t.safetensors", make_teacher(), {})
 
-    class At(Silent):
+    class At(Reporter):
         def step(self, done):
             if done == 7:
                 os.kill(os.getpid(), signal.SIGTERM)

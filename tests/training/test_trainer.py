@@ -18,7 +18,7 @@ from mdistiller.errors import ConfigError, TapError, TrainingError
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, load_plugin, method_config
 from mdistiller.models import ModelConfig
 from mdistiller.runs.folder import read_metrics
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.models import build_model
 from mdistiller.training.distributed import World
@@ -269,7 +269,7 @@ class StopError(Exception):
     pass
 
 
-class StopAt(Silent):
+class StopAt(Reporter):
     def __init__(self, step):
         self.at = step
 
@@ -319,7 +319,7 @@ def test_a_stop_after_an_epoch_counts_its_seconds_once():
     trainer.start_epoch()
     for step in range(trainer.steps):
         trainer.train_step(*next_batch(trainer, step))
-    trainer.end_epoch(Silent())
+    trainer.end_epoch(Reporter())
     seconds = trainer.seconds
     trainer.interrupt("SIGTERM")
     assert trainer.seconds == seconds

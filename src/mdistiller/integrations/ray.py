@@ -26,7 +26,7 @@ from mdistiller.errors import (
 from mdistiller.methods import load_plugins
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.lock import FolderLock
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.settings import flatten, unflatten
 from mdistiller.training.task import get_task
 from mdistiller.types import Line, Metric
@@ -261,7 +261,7 @@ class _Lines(tune.Callback):
         type(self).show("  ".join([trial.trial_id, text, *values]))
 
 
-class _Report(Silent):
+class _Report(Reporter):
     """Reporter that hands the evaluations to Ray Tune."""
 
     def __init__(self, metric: str) -> None:

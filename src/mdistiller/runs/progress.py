@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 from mdistiller.types import Line, Metric
 
@@ -13,8 +13,8 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-class Reporter(Protocol):
-    """Display of a run's progress, by default none. Calls are cheap and happen in the main process only."""
+class Reporter:
+    """Display of a run's progress, here none. Calls are cheap and happen in the main process only."""
 
     def built(self, trainer: Any, source: Any) -> None:
         """Shows a run that is built, before its first step.
@@ -60,10 +60,6 @@ class Reporter(Protocol):
     def stop(self) -> None:
         """Ends the display, whether or not the run finished."""
         return
-
-
-class Silent(Reporter):
-    """Reporter that shows nothing."""
 
 
 FIRST_SECONDS = 10.0  # to the first line outside a terminal

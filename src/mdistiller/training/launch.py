@@ -10,7 +10,7 @@ from mdistiller.config import MEASURED, RunConfig, with_choices, with_choices_of
 from mdistiller.errors import Interrupted
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import STATE, RunFolder, check_resumable
-from mdistiller.runs.progress import Reporter, Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.seeding import deterministic
 from mdistiller.training.choose import build_fastest
 from mdistiller.training.distributed import World, process_group, restarted
@@ -53,7 +53,7 @@ def train(
     """
     config = get_task(config.task).resolve(config)
     with process_group(config.device) as world, deterministic(config.deterministic):
-        shown = reporter if reporter is not None and world.is_main else Silent()
+        shown = reporter if reporter is not None and world.is_main else Reporter()
         # In a function of its own: its locals have to be gone before the process group is.
         try:
             return _run(config, resume or restarted(config.out), shown, world, usual)

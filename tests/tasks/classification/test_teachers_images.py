@@ -25,7 +25,7 @@ from mdistiller.models.own_input import OwnInput
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import group, load_run
 from mdistiller.runs.checkpoint import save_student
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.report.outputs import run_models
@@ -278,7 +278,7 @@ def test_a_cache_is_of_one_preparation(tmp_path, teacher_run, changes, files):
 
 
 def test_a_run_resumes_exactly(student_run, teacher_run, tmp_path):
-    class At(Silent):
+    class At(Reporter):
         def step(self, done):
             if done == 7:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -332,7 +332,7 @@ def test_the_teacher_runs_ahead_by_the_pixels_of_its_own_images(monkeypatch):
 def test_the_first_lines_of_a_run_have_the_values():
     lines = []
 
-    class Notes(Silent):
+    class Notes(Reporter):
         def note(self, text):
             lines.append(text)
 

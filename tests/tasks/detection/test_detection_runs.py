@@ -29,7 +29,7 @@ from mdistiller.report.runs import load_run, summarize
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.loggers import hyper_parameters
-from mdistiller.runs.progress import Silent
+from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.distiller import DetectionTeacher
 from mdistiller.tasks.detection.drawing import class_color
@@ -338,7 +338,7 @@ def test_dot_and_a_teacher_of_its_own_average(runs, data, tmp_path):
 # Measured weights
 
 
-class Notes(Silent):
+class Notes(Reporter):
     def __init__(self):
         self.lines = []
 
