@@ -1,7 +1,6 @@
 """Weights `auto` of feature methods: measured from gradients, stored, exact on repeat; losses far apart."""
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -14,17 +13,16 @@ import mdistiller
 from mdistiller.config import SELF, OptimConfig, with_choices
 from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import ConfigError, Interrupted
-from mdistiller.methods import DKDConfig, KDConfig, list_methods, method_config
+from mdistiller.methods import list_methods, method_config
 from mdistiller.methods.changes import takes_auto
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_weights
-from mdistiller.runs.folder import CONFIG, read_metrics
+from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.training import balance, choose
 from mdistiller.training.build import build_run
 from mdistiller.training.distributed import World
-from mdistiller.training.metrics import far_apart
 from mdistiller.training.task import get_task, load_config
 
 CPU = World(torch.device("cpu"))
@@ -254,58 +252,6 @@ def test_batches_without_a_gradient_are_left_out(config, monkeypatch):
     monkeypatch.setattr(balance, "gradient_ratios", lambda *a: {"method.weight": next(found)})
     run = mdistiller.train(config("at"))
     assert load_config(run.path / CONFIG).method.weight == 10.0  # 0.1 is the geometric mean of the others
-
-
-# The warning
-
-
-@pytest.mark.parametrize(
-    ("losses", "warm", "pair"),
-    [
-        ({"task": 2.7, "fitnet": 7087.0}, False, ("fitnet", "task")),
-        ({"task": 2.7, "fitnet": 269.0}, True, None),
-        ({"task": 2.7, "fitnet": 0.026}, True, ("task", "fitnet")),
-        ({"task": 2.7, "fitnet": 0.026}, False, None),  # it grows
-        ({"task": 2.7, "at": 0.5, "fitnet": 70.0}, True, ("fitnet", "at")),
-        ({"task": 0.0, "simkd": 70.0}, True, None),  # switched off
-        ({"task": 2.7}, True, None),
-    ],
-)
-def test_losses_that_are_far_apart(losses, warm, pair):
-    assert far_apart(losses, warm=warm) == pair
-
-
-def warned(run):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        mdistiller.train(run)
-    return [str(w.message) for w in caught if "may hardly count" in str(w.message)]
-
-
-def test_one_warning_a_run_names_both_losses_and_the_flags(config):
-    run = config("fitnet", (), epochs=2, log_every=1, optim=OptimConfig(lr=1e-9))
-    run = run.replace(method={"weight": 1e6})
-    (text,) = warned(run)
-    first = next(line for line in read_metrics(run.out) if line["kind"] == "train")
-    assert f"the loss fitnet is {first['fitnet']:.4g} and task {first['task']:.4g}" in text
-    assert "method.task_weight, method.weight" in text
-
-
-def test_a_small_loss_is_judged_after_its_warm_up(config):
-    run = config("dkd", (), epochs=4, log_every=1)
-    assert warned(run.replace(method=DKDConfig(warmup=1.0, beta=1.0))) == []
-    tiny = run.replace(method={"warmup": 0.5, "alpha": 1e-6, "beta": 1e-6}, out=run.out / "b")
-    (text,) = warned(tiny)
-    lines = [line for line in read_metrics(tiny.out) if line["kind"] == "train"]
-    at = next(line for line in lines if line["step"] >= 0.5 * lines[-1]["step"])
-    assert f"{at['dkd']:.4g}" in text
-    assert "method.alpha, method.beta" in text
-
-
-def test_losses_of_like_size_give_no_warning(config):
-    assert warned(config("kd", ()).replace(method=KDConfig())) == []
-    measured = config("fitnet")
-    assert warned(measured.replace(out=measured.out / "b")) == []
 
 
 def in_two_processes(rank, folder, run):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from mdistiller.training.distributed import World
 from mdistiller.training.precision import sum_dtype
 from mdistiller.types import Line
 
-FAR_APART = 100.0
-"""Ratio of two losses of a run that gives a warning."""
 FLUSH_SECONDS = 10.0  # shortest time between two reads from the device within an epoch
 
 
@@ -135,24 +133,6 @@ class TrainingMetrics:
         means = _means(self.epoch_sums)
         self.epoch_sums = {}
         return means
-
-
-def far_apart(losses: Mapping[str, float], *, warm: bool) -> tuple[str, str] | None:
-    """Returns the names of the largest and the smallest loss if one is more than 100 times the other.
-
-    A loss of zero counts as switched off. While distillation losses warm up, they are not too small.
-
-    Args:
-        losses: means by name, the task's under "task".
-        warm: whether the warm-up is over.
-    """
-    sizes = {name: abs(value) for name, value in losses.items() if value}
-    if not warm:
-        sizes = {k: v for k, v in sizes.items() if k == "task" or v > sizes.get("task", math.inf)}
-    if len(sizes) < 2:
-        return None
-    large, small = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
-    return (large, small) if sizes[large] > FAR_APART * sizes[small] else None
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel
 from mdistiller.config import RunConfig
 from mdistiller.distiller import Distiller
 from mdistiller.errors import ConfigError, Interrupted, MDistillerError, TrainingError
-from mdistiller.methods import Method
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import drop_previous, save_state, save_student
 from mdistiller.runs.folder import CONFIG, EMA_FILE, STATE, RunFolder
@@ -23,13 +21,12 @@ from mdistiller.runs.progress import Reporter
 from mdistiller.seeding import derive_seed, seed_default
 from mdistiller.training.batches import AnySource
 from mdistiller.training.distributed import World
-from mdistiller.training.metrics import TrainingMetrics, far_apart
+from mdistiller.training.metrics import TrainingMetrics
 from mdistiller.training.phases import Phases
 from mdistiller.training.signals import Stop, agreed
 from mdistiller.training.update import Update, learning_rate
 from mdistiller.types import AnyBatch, Line, Outputs
 
-_WEIGHTS = ("weight", "alpha", "beta")  # ends of the names of fields
 _STEP = 2  # keeps a step's seeds apart from others
 
 Evaluator = Callable[[nn.Module, bool], Line]
@@ -125,7 +122,7 @@ class Trainer:
         self.probe_steps = min(config.probe_epochs * steps, self.total)
         self.step = self.epoch = 0
         self.batch = 0  # batches done of the epoch
-        self.metrics = TrainingMetrics(world, config.log_every, self._log_window, self.learning_rate)
+        self.metrics = TrainingMetrics(world, config.log_every, self.log, self.learning_rate)
         self.best: Line = {}
         self.best_ema = -math.inf  # the first metric of the moving average
         self.improved = 0  # epoch of the last better metric, of the student or of its average
@@ -135,7 +132,6 @@ class Trainer:
         self.epoch_ms: list[float] = []
         self.clock: Callable[[], float] = time.perf_counter
         self._plan_save()
-        self._compared = False  # the losses with each other
 
     # Steps and epochs
 
@@ -305,27 +301,6 @@ class Trainer:
         """Writes one line of metrics; only the main process has a run folder."""
         if self.run is not None:
             self.run.log(line)
-
-    def _log_window(self, line: Line) -> None:
-        """Writes the metrics of a window; warns once, after the first or the warm-up, of losses far apart."""
-        self.log(line)
-        if self._compared or not self.world.is_main:
-            return
-        parts = [m for m in self.distiller.modules() if isinstance(m, Method)]
-        warm = line["step"] >= self.total * max((part.warmup for part in parts), default=0.0)
-        task, distillation = ({n: line[n] for n in names if n in line} for names in self.update.losses)
-        losses = {"task": sum(task.values()), **distillation}
-        pair = far_apart(losses, warm=warm)
-        self._compared = warm or pair is not None
-        if pair is not None:
-            large, small = pair
-            fields = [f for f in self.config.method.field_infos() if f.endswith(_WEIGHTS)]
-            named = ", ".join(f"method.{field}" for field in fields)
-            warnings.warn(
-                f"the loss {large} is {losses[large]:.4g} and {small} "
-                f"{losses[small]:.4g}, so {small} may hardly count; to change the weights: {named}",
-                stacklevel=2,
-            )
 
     # State
 

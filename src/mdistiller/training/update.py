@@ -56,8 +56,6 @@ class Update:
         self.scaler: torch.amp.GradScaler | None = None
         if self.precision == torch.float16:
             self.scaler = torch.amp.GradScaler(world.device.type)
-        self.losses: tuple[tuple[str, ...], tuple[str, ...]] = (), ()
-        """Names of the task losses and of the distillation losses of the last step."""
 
     def synchronize_gradients(self) -> None:
         """Wraps the distiller in DDP, for the parameters that train now."""
@@ -97,11 +95,8 @@ class Update:
                 out = self.call(part[0], part[1], part[2], self.progress, outputs)
             loss, losses, logits, task = out
             n = len(part.index)
-            distillation = dict(losses)
-            for name in task:
-                del distillation[name]
-            self.losses = tuple(task), tuple(distillation)
             if isinstance(self.optimizer, DOT):
+                distillation = {name: value for name, value in losses.items() if name not in task}
                 self.optimizer.backward(task, distillation, n / size)
             elif self.scaler is not None:
                 self.scaler.scale(loss * (n / size)).backward()
