@@ -1,10 +1,14 @@
 """`mdistiller compare` and `export --int8`."""
 
+import io
 import json
 import shutil
+import sys
 
 import pytest
 import torch
+
+from mdistiller.cli.main import run
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def test_table_and_json(cli, runs):
     last = [line for line in cli.metrics(student) if line["kind"] == "eval"][-1]["top1"]
     assert rows[0].startswith("| teacher |")
     assert rows[1].startswith(f"| DKD | {last:.2f} | – |")
-    assert rows[-1].startswith("top1 on synthetic; milliseconds an image on ")
+    assert rows[-1].startswith("top1 on synthetic; milliseconds per image on ")
     assert rows[-1].endswith(", 1 thread, images of shape [1, 3, 16, 16]")
     assert torch.get_num_threads() == before
     found = cli("compare", student, "--batch", 2, "--json").json()
@@ -65,3 +69,25 @@ def test_int8_from_the_command(cli, runs, tmp_path):
     assert bare.out.splitlines()[-1] == (
         "accuracy of this file: not measured (the run's test set is not at hand)"
     )
+
+
+def test_a_terminal_shows_aligned_columns(cli, runs, monkeypatch):
+    """The raw Markdown is for pipes and `--markdown`."""
+    student, _ = runs
+    argv = ("compare", student, "--batch", 1, "--threads", 1, "--no-eval")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")  # no bold headings
+    monkeypatch.setattr(sys, "stdout", terminal := io.StringIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    assert run([str(word) for word in argv]) == 0
+    lines = terminal.getvalue().splitlines()
+    heads, names, teacher, dkd = (line.split() for line in lines[:4])
+    assert heads == ["top1", "MACs", "ms"]
+    assert names == ["model", "%", "Δ", "alone", "parameters", "million", "MB", "batch", "1"]
+    assert (teacher[0], dkd[0]) == ("teacher", "DKD")
+    assert len({len(line) for line in lines[1:4]}) == 1  # the last column ends at one place
+    assert "|" not in terminal.getvalue()
+    assert max(map(len, lines)) <= 80
+    terminal.truncate(terminal.seek(0))
+    assert run([str(word) for word in (*argv, "--markdown")]) == 0
+    assert terminal.getvalue().startswith("| model | top1, % |")

@@ -1,5 +1,8 @@
 """`mdistiller compare RUN…`."""
 
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -8,6 +11,7 @@ from pydantic import Field
 from mdistiller.analysis.compare import compare
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
+from mdistiller.cli.terminal import print_table
 from mdistiller.errors import ConfigError
 from mdistiller.report.bought import compared_columns
 from mdistiller.report.markup import markdown_table
@@ -15,8 +19,9 @@ from mdistiller.report.runs import load_run
 
 
 class CompareCommand(Command):
-    """Print metric, parameters, multiply-accumulates, file size and milliseconds an image, on the CPU, of a
-    teacher, a student alone, distilled students and their exports. The report of the runs then has them too.
+    """Compare the teacher, the student alone, distilled students and their exports on the CPU: accuracy,
+    parameters, multiply-accumulates, file size and milliseconds per image. Later reports on these runs include
+    the table.
     """
 
     runs: Positional[tuple[Path, ...]] = ()
@@ -25,12 +30,14 @@ class CompareCommand(Command):
     """Folders that `mdistiller export` wrote, such as RUN/export/*. A torch-export graph may run code when
     opened: name only those you trust."""
     batch: tuple[int, ...] | None = None
-    """Batch sizes whose times are measured. None: 1 and 32, or 1 for models of images of any size, which run
-    on the first test image."""
+    """Batch sizes to time. None: 1 and 32, or only 1 for models that accept any image size, timed on the first
+    test image."""
     threads: int | None = Field(default=None, ge=1)
-    """Threads of the CPU. None: those that torch chooses, or OMP_NUM_THREADS."""
+    """CPU threads. None: torch's choice, or OMP_NUM_THREADS."""
     eval: bool = True
     """Evaluate all models on the test set. Otherwise the recorded metrics are printed."""
+    markdown: bool = False
+    """Print a Markdown table in a terminal too, as in a pipe or a file."""
 
     def execute(self) -> None:
         if not self.runs:
@@ -46,6 +53,10 @@ class CompareCommand(Command):
             print(found.model_dump_json())
             return
         head, *rows = compared_columns(found, load_run(self.runs[0]).main_metric)
-        print(markdown_table(head, rows), end="")
         shape = f", images of shape {list(found.image_shape)}" if found.image_shape else ""
-        print(f"\n{found.metric} on {found.test_set}; milliseconds an image on {found.machine}{shape}")
+        note = f"{found.metric} on {found.test_set}; milliseconds per image on {found.machine}{shape}"
+        if self.markdown or not sys.stdout.isatty():
+            print(f"{markdown_table(head, rows)}\n{note}")
+            return
+        print_table([name.replace(", ", "\n") for name in head], rows)
+        print(f"\n{textwrap.fill(note, shutil.get_terminal_size().columns)}")

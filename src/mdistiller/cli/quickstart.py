@@ -11,12 +11,10 @@ from pathlib import Path
 from shutil import which
 
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 
 from mdistiller.api import train
 from mdistiller.cli.options import Command
-from mdistiller.cli.terminal import counted
+from mdistiller.cli.terminal import counted, print_table
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import quickstart as recipe
 from mdistiller.report import table, write_report
@@ -77,12 +75,7 @@ class QuickstartCommand(Command):
         else:
             head, *body = table(rows, runs[0].main_metric)
             columns = [head.index(name) for name in _SHOWN]
-            shown = Table(box=None, pad_edge=False)
-            for i in columns:
-                shown.add_column(head[i], justify="right" if i else "left", no_wrap=i > 0)
-            for line in body:
-                shown.add_row(*(line[i] for i in columns))
-            Console().print(shown)
+            print_table(_SHOWN, [[line[i] for i in columns] for line in body])
         found = answer(page.contests[0], page.groups).sentence
         seconds = timedelta(seconds=round(time.perf_counter() - start))
         # `make quickstart` leaves the command in an environment that no shell knows.

@@ -3,7 +3,7 @@
 import codecs
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -28,6 +28,19 @@ def soften_streams() -> None:
         reconfigure = getattr(stream, "reconfigure", None)  # not of every replacement, such as a notebook's
         if reconfigure is not None:
             reconfigure(errors=_HANDLER)
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table on stdout: the first column left-aligned, the others right-aligned and never wrapped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for i, name in enumerate(head):
+        shown.add_column(name, justify="right" if i else "left", no_wrap=i > 0)
+    for row in rows:
+        shown.add_row(*row)
+    Console(highlight=False, markup=False).print(shown)
 
 
 @contextmanager
