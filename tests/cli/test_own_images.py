@@ -106,3 +106,20 @@ def test_settings_and_measured_weights_are_shown_and_stored(cli, run, images, tm
     method = json.loads((tmp_path / "run" / "config.json").read_text())["method"]
     assert f"method.at.weight {method['at']['weight']:g}: at the start the gradient of at is" in done.message
     assert (method["dkd"]["beta"], method["dkd"]["temperature"]) == (2, 1)
+
+
+def test_small_squares_have_a_baseline(cli, tmp_path):
+    """A distilled student gets its teacher's size, the student alone that of the files, which is equal."""
+    for split in ("train", "val"):
+        for c, name in enumerate(("ant", "bee")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = np.random.default_rng([c, i]).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    flags = ("--data.root", tmp_path, "--data.workers", 0, "--batch-size", 4, "--epochs", 1)
+    teacher, alone, kd = (tmp_path / name for name in ("teacher", "alone", "kd"))
+    assert cli("train", "folder.teacher.resnet14", *flags, "--out", teacher).code == 0
+    assert cli("train", "folder.student.resnet8", *flags, "--out", alone).code == 0
+    assert cli("train", "folder.kd.resnet8", *flags, "--teacher", teacher, "--out", kd).code == 0
+    found = cli("compare", alone, kd, "--no-eval", "--batch", 1, "--json").json()["rows"]
+    assert (found[-1]["label"], found[-1]["over_alone"] is None) == ("KD", False)

@@ -6,14 +6,15 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
-from mdistiller.errors import DataError
-from mdistiller.models.weights import STUDENT_FILE
+from mdistiller.errors import CheckpointError, DataError
+from mdistiller.models.weights import STUDENT_FILE, read_metadata
 from mdistiller.report.looks import method_title
 from mdistiller.report.spread import MeanStd
 from mdistiller.runs.folder import CONFIG, ENV, METRICS, read_metrics
@@ -325,12 +326,15 @@ def find_baseline(run: RunRecord, groups: Mapping[str, Sequence[RunRecord]]) -> 
         # A student has the mean and std of its teacher's images, and the student alone those of its recipe. A
         # run of an earlier version lacks new fields, whose value here is None.
         data = {k: v for k, v in other.data.items() if k not in (*READING, "mean", "std") and v is not None}
+        with suppress(CheckpointError):  # small squares keep their size, which the student's file records
+            data.setdefault("image_size", read_metadata(other.path).get("image_size"))
         return other.student, other.config["student"].get("options"), data
 
+    mine = trained(run)
     found = {
         label: sum(members[0].config.get(k) != v for k, v in run.config.items() if k != "data")
         for label, members in groups.items()
-        if members[0].teacher is None and members[0].is_trained and trained(members[0]) == trained(run)
+        if members[0].teacher is None and members[0].is_trained and trained(members[0]) == mine
     }
     return min(found, key=found.__getitem__) if found else None
 
