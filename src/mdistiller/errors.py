@@ -85,12 +85,12 @@ class Extra(NamedTuple):
 
 
 EXTRAS = {
-    "detection": Extra(("pycocotools",), "masks and average precision of detectors"),
-    "hf": Extra(("datasets",), "data sets of Hugging Face, --data.kind hf"),
-    "hub": Extra(("huggingface_hub",), "students on the Hugging Face Hub, hf://USER/REPO"),
+    "detection": Extra(("pycocotools",), "masks and average precision for detectors"),
+    "hf": Extra(("datasets",), "Hugging Face data sets, --data.kind hf"),
+    "hub": Extra(("huggingface_hub",), "Hugging Face Hub, hf://USER/REPO"),
     "mlflow": Extra(("mlflow-skinny",), "--log mlflow"),
-    "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "mdistiller export --format onnx, and its int8"),
-    "parquet": Extra(("pyarrow",), "lists of images in Parquet"),
+    "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "mdistiller export --format onnx, with or without --int8"),
+    "parquet": Extra(("pyarrow",), "image lists in Parquet files"),
     "ray": Extra(("ray[tune]",), "mdistiller sweep"),
     "tensorboard": Extra(("tensorboard",), "--log tensorboard"),
     "timm": Extra(("timm",), "models timm/NAME and their pretrained weights"),

@@ -60,7 +60,7 @@ def test_words_on_a_machine_without_a_gpu():
     }
     text = "\n".join(doctor.lines(found))
     assert "  cpu      Chip: float32\n" in text
-    assert "no GPU: this torch is built for CPUs alone" in text
+    assert "no GPU: torch is built for CPUs only" in text
     gpu = {"device": "cuda:0", "name": "H", "precisions": ["float32", "bfloat16", "float16"]}
     found["devices"].append(gpu | {"free_memory": 70e9, "memory": 80e9})
     assert "  cuda:0   H, 70.0 of 80.0 GB free: float32, bfloat16, float16\n" in "\n".join(

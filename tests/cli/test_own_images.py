@@ -97,14 +97,14 @@ def test_settings_and_measured_weights_are_shown_and_stored(cli, run, images, tm
     )
     plan = cli("train", "folder.dkd+at.resnet8", *flags, "--dry-run")
     assert plan.code == 0, plan.err
-    settings = "weights of auto are measured before the first step; changed: method.dkd.beta 2"
+    settings = "auto weights are measured before the first step; changed: method.dkd.beta 2"
     assert settings in plan.message
     assert not (tmp_path / "run").exists()
     done = cli("train", "folder.dkd+at.resnet8", *flags)
     assert done.code == 0, done.err
     assert settings in done.message
     method = json.loads((tmp_path / "run" / "config.json").read_text())["method"]
-    assert f"method.at.weight {method['at']['weight']:g}: at the start the gradient of at is" in done.message
+    assert f"method.at.weight {method['at']['weight']:g}: makes at's first gradients" in done.message
     assert (method["dkd"]["beta"], method["dkd"]["temperature"]) == (2, 1)
 
 

@@ -57,7 +57,7 @@ def test_dry_run_prints_the_plan_and_leaves_no_file(cli, planned, teacher_run):
     assert lines["method"].startswith("dkd: ")
     assert "beta 3" in lines["method"]
     assert "changed: method.beta 3 for" in lines["method"]
-    assert lines["steps"].startswith("4 of batch 32 in 2 epochs; 2 epochs for the recipe's")
+    assert lines["steps"].startswith("4 of batch 32 in 2 epochs; 2 epochs instead of the recipe's")
     assert lines["compute"] == "cpu, float32"
     assert lines["output"] == "runs/digits.dkd.resnet8_resnet8-s0"
 
@@ -81,7 +81,7 @@ def test_dry_run_of_a_student_alone(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = cli("train", "digits.student.resnet8", *cli.FAST, "--dry-run")
     assert done.code == 0, done.err
-    assert "method:    none: the student alone" in done.err
+    assert "method:    none: trained on the labels alone" in done.err
     assert "teacher:" not in done.err
 
 

@@ -66,7 +66,7 @@ def test_a_teacher_worse_than_its_student(tmp_path, teacher, student, is_worse):
     remark = remark_on_teacher(tmp_path, Metric("top1", "%"))
     assert (remark is not None) == is_worse
     if is_worse:
-        assert "the teacher has 50.00 % on the same images, less than the student's 60.00 %" in remark
+        assert "the teacher scores 50.00 % on these images, below the student's 60.00 %" in remark
     del lines[1]["diagnostics"]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert remark_on_teacher(tmp_path, Metric("top1", "%")) is None

@@ -60,9 +60,9 @@ def test_a_run_says_what_happened_to_the_drops(cli, tmp_path):
     flags = ("--max-steps", 2, "--epochs", 60, "--out", tmp_path / "run", *cli.FAST)
     done = cli("train", "cifar100.student.resnet8", *flags)
     assert done.code == 0, done.err
-    assert "2 steps for the recipe's 240 epochs: the rate drops after" in done.message
+    assert "2 steps instead of the recipe's 240 epochs; the learning rate drops after" in done.message
     usual = cli("train", "digits.student.resnet8", "--epochs", 1, "--out", tmp_path / "digits", *cli.FAST)
-    assert "1 epoch for the recipe's 20 epochs: the cosine schedule stretches with them" in usual.message
+    assert "1 epoch instead of the recipe's 20 epochs, with the cosine schedule scaled to fit" in usual.message
 
 
 def test_a_run_of_an_earlier_version_keeps_its_values(cli, tmp_path):

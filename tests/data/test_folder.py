@@ -210,7 +210,7 @@ def test_test_folder_serves_when_there_is_no_val(root):
         ),
         (
             lambda root: root.rename(root.parent / "gone"),
-            "data.root: .*is no folder and no list; expected ROOT/train/CLASS",
+            "data.root: .*is neither a folder nor a list; expected ROOT/train/CLASS",
         ),
     ],
 )
@@ -348,7 +348,7 @@ def test_equal_small_squares_keep_their_size(tmp_path, side, other, settings, si
     squares(tmp_path, side, other)
     splits = load_data(config(tmp_path, **{"image_size": None, **settings}))
     assert splits.image_size == size
-    assert ("as in the files (data.image_size enlarges them)" in splits.description) == (size == 20)
+    assert ("the size of the files (data.image_size changes it)" in splits.description) == (size == 20)
     if size == 20:
         assert splits.train.images.shape == (6, 20, 20, 3)
         pixels = np.asarray(Image.open(tmp_path / "train" / "cat" / "0.png"))

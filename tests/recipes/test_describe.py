@@ -64,28 +64,31 @@ def test_a_shown_recipe_has_figures_origin_and_its_values():
         (
             "cifar100.dkd.vgg13_vgg8",
             {"epochs": 60},
-            "60 epochs for the recipe's 240 epochs: "
-            "the rate drops after 37.5, 45, 52.5 (150, 180, 210 there)",
+            "60 epochs instead of the recipe's 240 epochs; "
+            "the learning rate drops after 37.5, 45, 52.5, not after 150, 180, 210",
         ),
         (
             "cifar100.lskd-mlkd.vgg13_vgg8",
             {"epochs": 240},
-            "240 epochs for the recipe's 480 epochs: the rate drops after 75, 90, 105 (150, 180, 210 there)",
+            "240 epochs instead of the recipe's 480 epochs; "
+            "the learning rate drops after 75, 90, 105, not after 150, 180, 210",
         ),
         (
             "cifar100.dkd.vgg13_vgg8",
             {"max_steps": 800},
-            "800 steps for the recipe's 240 epochs: the rate drops after 500, 600, 700 (150, 180, 210 there)",
+            "800 steps instead of the recipe's 240 epochs; "
+            "the learning rate drops after 500, 600, 700, not after 150, 180, 210",
         ),
         (
             "cifar100.mlkd.vgg13_vgg8",
             {"epochs": 480, "optim": {"milestones": (150 / 480, 180 / 480, 210 / 480)}},
-            "480 epochs for the recipe's 240 epochs: the rate drops after 150, 180, 210, as there",
+            "480 epochs instead of the recipe's 240 epochs; "
+            "the learning rate drops after 150, 180, 210, as in the recipe",
         ),
         (
             "digits.kd.resnet20_resnet8",
             {"epochs": 2},
-            "2 epochs for the recipe's 20 epochs: the cosine schedule stretches with them",
+            "2 epochs instead of the recipe's 20 epochs, with the cosine schedule scaled to fit",
         ),
     ],
 )

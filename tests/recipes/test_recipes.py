@@ -384,7 +384,7 @@ def test_no_weight_is_measured_against_ones_own_average():
     ClassificationConfig.model_validate_json(config.model_dump_json())
 
 
-OWN = "ImageNet's; weights of auto are measured before the first step"
+OWN = "ImageNet's; auto weights are measured before the first step"
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_the_gradients_are_equal_as_autograd_by_hand_finds_them(config, method):
     stored = load_config(run.path / CONFIG).method.weight
     assert stored == pytest.approx(own_ratio(found, ["method.weight"])["method.weight"], rel=0.051)
     assert float(f"{stored:.2g}") == stored
-    words = f"method.weight {stored:g}: at the start the gradient of {method} is as large as that of the task"
+    words = f"method.weight {stored:g}: makes {method}'s first gradients as large as the task's"
     assert notes.lines == [words]
 
 

@@ -64,7 +64,7 @@ def test_the_fastest_candidate_is_stored_and_shown(tmp_path, monkeypatch, times,
     stored = load_config(run.path / CONFIG)
     assert (stored.precision, stored.layout) == chosen
     (line,) = notes.lines
-    assert line.startswith(f"precision {chosen[0]}, layout {chosen[1]}; ms a step: float32 contiguous 4.0, ")
+    assert line.startswith(f"precision {chosen[0]}, layout {chosen[1]}; ms/step: float32 contiguous 4.0, ")
 
 
 def test_a_measured_run_has_the_bits_of_its_repetition(tmp_path):

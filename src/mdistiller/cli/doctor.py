@@ -24,8 +24,8 @@ from mdistiller.types import Line
 
 
 class DoctorCommand(Command):
-    """Show what this machine has for training: versions, devices and their precisions, optional packages,
-    workers, free memory and disk.
+    """Show what matters for training on this machine: versions, devices and their precisions, optional
+    packages, loader processes, free memory and disk.
     """
 
     def execute(self) -> None:
@@ -93,25 +93,25 @@ def _cache_folder() -> Path:
 def lines(found: Line) -> list[str]:
     """Returns the facts of `examine` as lines of text."""
     shown = [" ".join(f"{name} {version}" for name, version in found["versions"].items()), found["platform"]]
-    shown += ["", "devices (precisions that are fast):"]
+    shown += ["", "devices (fast precisions):"]
     for device in found["devices"]:
         memory = ""
         if "memory" in device:
             memory = f", {device['free_memory'] / 1e9:.1f} of {device['memory'] / 1e9:.1f} GB free"
         shown.append(f"  {device['device']:<8} {device['name']}{memory}: {', '.join(device['precisions'])}")
-    shown.append(f"  --device auto takes {found['auto_device']}")
+    shown.append(f"  --device auto selects {found['auto_device']}")
     if len(found["devices"]) == 1:
-        built = f"built for CUDA {found['cuda']}" if found["cuda"] else "built for CPUs alone"
-        shown.append(f"  no GPU: this torch is {built}, and finds none")
-    shown += ["", f"cores: {found['cores']}, threads of torch: {found['threads']}"]
-    shown.append(f"workers of --data.workers auto: {found['workers']}")
-    shown.append(f"decoder of JPEG files: {found['jpeg']}")
+        built = f"is built for CUDA {found['cuda']} but finds none" if found["cuda"] else "is built for CPUs only"
+        shown.append(f"  no GPU: torch {built}")
+    shown += ["", f"cores: {found['cores']}, torch threads: {found['threads']}"]
+    shown.append(f"loader processes (--data.workers auto): {found['workers']}")
+    shown.append(f"JPEG decoder: {found['jpeg']}")
     shown.append(f"free memory: {found['free_memory'] / 1e9:.1f} GB")
     shown += [f"free disk in {path}: {free / 1e9:.1f} GB" for path, free in found["free_disk"].items()]
     shown += ["", "optional packages:"]
     for name, extra in found["extras"].items():
         state = f"missing {', '.join(extra['missing'])}" if extra["missing"] else extra["version"] or "there"
-        shown.append(f"  {name:<12} {state:<22} {extra['use']}")
+        shown.append(f"  {name:<12} {state:<8} {extra['use']}")
     if missing := [package for extra in found["extras"].values() for package in extra["missing"]]:
-        shown += ["  to install the missing ones, or some of them:", f"    pip install {' '.join(missing)}"]
+        shown += ["  install the missing ones with", f"    pip install {' '.join(missing)}"]
     return shown

@@ -18,12 +18,12 @@ from mdistiller.types import Line
 
 
 class ListCommand(Command):
-    """List methods, models or recipes with their properties."""
+    """List methods, models or recipes."""
 
     what: Positional[Literal["methods", "models", "recipes"]]
-    """Kind of names to list."""
+    """What to list."""
     pattern: Positional[str | None] = None
-    """List only names that contain this text, in lower or upper case."""
+    """Only names that contain this text, ignoring case."""
     task: str = DEFAULT_TASK
     """Task whose methods and models are listed."""
 

@@ -16,32 +16,31 @@ if TYPE_CHECKING:
     from mdistiller.cli.options import Command
 
 _COMMANDS = """\
-  quickstart           the whole job in minutes: teacher, student, KD, DKD
-  train RECIPE         train or distil; a run folder as RECIPE repeats its run
-  eval RUN             metrics of a run's student, or of MODEL --checkpoint FILE
-  list WHAT            methods, models or recipes
-  show RECIPE          published figures and settings of a recipe, with origin
-  config RECIPE        a recipe with its flags as a YAML file for `train FILE`
-  report RUN…          one HTML page over runs, or tables: md, latex, csv, json
-  reproduce NAME       an experiment of the paper, beside the published table
-  sweep RECIPE         many settings of a recipe on Ray, and one report
-  compare RUN…         accuracy, size and time of teacher, students and exports
-  bench PAIR           cost of a step of each method beside plain training
-  export RUN           the student, checked: safetensors, torch-export or ONNX
-  predict RUN IMAGE…   the likeliest classes of images, or boxes
-  doctor               versions, devices, extras, workers, disk of this machine
+  quickstart           train a teacher, then a student alone, with KD and DKD
+  train RECIPE         train or distill a model; a run folder repeats that run
+  eval RUN             evaluate a run's student, or MODEL --checkpoint FILE
+  list WHAT            list methods, models or recipes
+  show RECIPE          show a recipe's settings and published figures
+  config RECIPE        print a recipe as a YAML file for `train FILE`
+  report RUN…          write an HTML page about runs, or md, latex, csv, json
+  reproduce NAME       repeat one of the paper's experiments
+  sweep RECIPE         search a recipe's settings with Ray
+  compare RUN…         compare accuracy, size and speed of models and exports
+  bench PAIR           time a training step of each method
+  export RUN           export the student to safetensors, torch-export or ONNX
+  predict RUN IMAGE…   predict the classes or boxes of images
+  doctor               show versions, devices, optional packages, free disk
 """
 
 USAGE = f"""\
 usage: mdistiller COMMAND …
 
 {_COMMANDS}
-`mdistiller COMMAND --help` shows every option; `mdistiller list recipes` lists
-the recipes. `mdistiller --print-completion bash|zsh` prints a script that
-completes commands, flags and recipes. With --json the result goes to stdout as
-JSON; progress and messages go to stderr. Exit code: 0 done, 1 failed while
-running, 2 bad usage or configuration. MDISTILLER_TRACEBACK=1 shows the
-traceback of an error."""
+`mdistiller COMMAND --help` explains a command's flags. `mdistiller
+--print-completion bash|zsh` prints a completion script. --json prints the
+result to stdout as JSON; progress and messages go to stderr. Exit codes: 0
+success, 1 failure while running, 2 bad usage. MDISTILLER_TRACEBACK=1 shows
+tracebacks."""
 
 
 TRACEBACK = "MDISTILLER_TRACEBACK"

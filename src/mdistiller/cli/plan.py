@@ -128,7 +128,7 @@ def _macs(model: nn.Module, size: int) -> int:
 def _method(config: RunConfig) -> str:
     name = config.method.method_name
     if name == "none":
-        return "none: the student alone"
+        return "none: trained on the labels alone"
     source = describe_source(config)
     values = [line for line in method_lines(config.method.model_dump(), "") if "task_weight" not in line]
     text = f"{name}: {', '.join(values[:_VALUES])}{', …' * (len(values) > _VALUES)}" if values else name
@@ -146,9 +146,9 @@ def _strengths(config: RunConfig, trainer: Trainer, source: AnySource) -> Iterat
     with put_back(trainer):
         found = first_strengths(trainer, source)
     for name, ratio in found.items():
-        size = f"gradient of {name} {float(f'{ratio:.2g}'):g} times the task's"
+        size = f"{name}'s gradient is {float(f'{ratio:.2g}'):g} times the task's"
         far = ratio and not 0.1 <= ratio <= 10
-        yield size + " (warning: usual are 0.1 to 10, so other weights may be better)" * bool(far)
+        yield size + " (warning: outside the usual 0.1 to 10; try another weight)" * bool(far)
 
 
 def _steps(trainer: Trainer) -> str:

@@ -55,7 +55,7 @@ Several processes: torchrun --nproc-per-node N -m mdistiller train RECIPE [flags
 
 
 class TrainCommand(Command):
-    """Train or distil a student, and write a run folder."""
+    """Train or distill a student, and write a run folder."""
 
     config: Annotated[RunConfig, Arg(name="")]
     method_name: Annotated[str | None, Arg(name="method")] = None
@@ -199,8 +199,8 @@ def _find_config(
         tuned = recipe(pretrained=True)
         if tuned != config:
             print(
-                f"the student has pretrained weights: settings of {source.partition('.')[0]}.finetune."
-                f"{config.student.name}; --from-scratch gives those of {source}",
+                f"pretrained student: using the settings of {source.partition('.')[0]}.finetune."
+                f"{config.student.name}; for those of {source}, add --from-scratch",
                 file=sys.stderr,
             )
         config = tuned
@@ -224,8 +224,8 @@ def remark_on_teacher(run: Path, metric: Metric) -> str | None:
     if teacher is None or teacher >= lines[-1][metric.name]:
         return None
     return (
-        f"note: the teacher has {metric.text(teacher)} on the same images, less than the student's "
-        f"{metric.text(lines[-1][metric.name])}; a better teacher, or none, may serve the student more"
+        f"note: the teacher scores {metric.text(teacher)} on these images, below the student's "
+        f"{metric.text(lines[-1][metric.name])}; try a better teacher, or train without one"
     )
 
 
@@ -242,7 +242,7 @@ def _show_result(run: Run, config: RunConfig, *, as_json: bool) -> None:
     name = metric.name
     lines = [
         f"{metric.result}: last epoch {metric.text(last[name])}, best {metric.text(best[name])} "
-        f"(epoch {best['epoch']}); {summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms a step"
+        f"(epoch {best['epoch']}); {summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms/step"
     ]
     if (remark := remark_on_teacher(run.folder, metric)) is not None:
         lines.append(remark)

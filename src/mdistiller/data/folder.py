@@ -101,7 +101,7 @@ def _load_images(config: DataConfig, options: ReadOptions) -> Splits:
     """Reads images without labels: of train/ and val/ if both are there, else all below root, or a list."""
     root = config.root
     if not is_list(root) and not root.is_dir():
-        raise DataError(f"data.root: {root} is no folder and no list of paths")
+        raise DataError(f"data.root: {root} is neither a folder nor a list of paths")
     splits = [None if is_list(root) else subfolder(root, names) for names in (TRAIN, VALIDATION, TEST)]
     test_from = None
     if splits[0] is not None:
@@ -241,7 +241,7 @@ def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path | None, Path | No
             raise DataError(f"{root} is a list without a validation split: {ADVICE}")
         return root, evaluation_split(config, None, None)
     if not root.is_dir():
-        raise DataError(f"data.root: {root} is no folder{'' if tiny else ' and no list'}; {layout}")
+        raise DataError(f"data.root: {root} is {'not a folder' if tiny else 'neither a folder nor a list'}; {layout}")
     if tiny and (root / "tiny-imagenet-200").is_dir():
         root = root / "tiny-imagenet-200"
     # Tiny-ImageNet's public test images have no labels.

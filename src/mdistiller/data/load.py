@@ -183,7 +183,7 @@ def _place(splits: Splits, config: DataConfig, device: torch.device | None) -> t
     is_open = config.image_size is None and config.resize is None
     side = small_side(train) if is_open and isinstance(train, EncodedSet) else None
     if side is not None and isinstance(train, EncodedSet) and isinstance(test, EncodedSet):
-        size, kept = side, " as in the files (data.image_size enlarges them)"
+        size, kept = side, ", the size of the files (data.image_size changes it)"
         train, test = (replace(images, image_size=side, resize=side) for images in (train, test))
     if isinstance(train, EncodedSet):
         train = replace(train, random_crop=not are_squares(train))

@@ -169,14 +169,12 @@ def describe_length(config: RunConfig) -> str | None:
         counted(c.epochs, "epoch") if c.max_steps is None else counted(c.max_steps, "step")
         for c in (config, recipe)
     )
-    text = f"{own} for the recipe's {usual}"
+    text = f"{own} instead of the recipe's {usual}"
     if config.optim.schedule != "step":
-        return f"{text}: the {config.optim.schedule} schedule stretches with them"
-    drops, there = ([f"{drop:g}" for drop in drops_of(c)] for c in (config, recipe))
-    kept = drops == there
-    return f"{text}: the rate drops after {', '.join(drops)}" + (
-        ", as there" if kept else f" ({', '.join(there)} there)"
-    )
+        return f"{text}, with the {config.optim.schedule} schedule scaled to fit"
+    drops, usual_drops = (", ".join(f"{drop:g}" for drop in drops_of(c)) for c in (config, recipe))
+    kept = ", as in the recipe" if drops == usual_drops else f", not after {usual_drops}"
+    return f"{text}; the learning rate drops after {drops}{kept}"
 
 
 def differences(config: RunConfig, recipe: RunConfig) -> list[str]:

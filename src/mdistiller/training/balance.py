@@ -149,4 +149,4 @@ def describe_weight(config: RunConfig, name: str, weight: float, ratio: float) -
     """Returns a line about a measured weight."""
     size = "as large as" if ratio == 1 else f"{ratio:g} times"
     method = find_field(config, name.rpartition(".")[0]).method_name
-    return f"{name} {weight:g}: at the start the gradient of {method} is {size} that of the task"
+    return f"{name} {weight:g}: makes {method}'s first gradients {size} the task's"

@@ -133,6 +133,6 @@ def _fastest(
         chosen = choices[0]
     texts = [f"{c['precision']} {c['layout']} {t:.1f}" for c, t in zip(choices, times, strict=True)]
     reporter.note(
-        f"precision {chosen['precision']}, layout {chosen['layout']}; ms a step: {', '.join(texts)}"
+        f"precision {chosen['precision']}, layout {chosen['layout']}; ms/step: {', '.join(texts)}"
     )
     return chosen

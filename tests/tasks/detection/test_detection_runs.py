@@ -371,8 +371,8 @@ def test_a_measured_weight_makes_the_methods_gradient_a_fixed_part_of_the_tasks(
     stored = load_config(result.path / "config.json")
     weight = stored.method.weight
     assert float(f"{weight:.2g}") == weight
-    size = f"{ratio:g} times that of the task"
-    assert notes.lines == [f"method.weight {weight:g}: at the start the gradient of {method} is {size}"]
+    size = f"{ratio:g} times the task's"
+    assert notes.lines == [f"method.weight {weight:g}: makes {method}'s first gradients {size}"]
     trainer, source = build(stored)
     logs = []
     for step, raw in enumerate(source.loader.epoch(0)):
@@ -388,7 +388,7 @@ def test_a_measured_weight_makes_the_methods_gradient_a_fixed_part_of_the_tasks(
 def test_the_plan_compares_the_gradients_of_methods_and_task(runs, data, tmp_path):
     """By `backward` on the first batch; the run is as it was before."""
     folder, _ = runs
-    warning = "(warning: usual are 0.1 to 10, so other weights may be better)"
+    warning = "(warning: outside the usual 0.1 to 10; try another weight)"
     for weight, mark in ((1.0, ""), (1000.0, f" {warning}")):
         taught = distilled(folder / "teacher") | {"method": default_config("pkd").replace(weight=weight)}
         trainer, source = build(config(data, tmp_path / "run", **taught))
@@ -397,14 +397,14 @@ def test_the_plan_compares_the_gradients_of_methods_and_task(runs, data, tmp_pat
         assert all(map(torch.equal, before.values(), trainer.distiller.state_dict().values()))
         (batch,) = source.prepare([next(iter(source.loader.epoch(0)))], 0)
         task, own = gradient_norms(trainer, batch, 0)
-        size = f"gradient of pkd {float(f'{own / task:.2g}'):g} times the task's"
+        size = f"pkd's gradient is {float(f'{own / task:.2g}'):g} times the task's"
         assert line.endswith(size + mark)
     assert 0.1 < own / task / 1000 < 10
     taught = distilled(folder / "teacher", "dkd+pkd")
     taught["method"]["pkd_weight"] = 1000.0
     trainer, source = build(config(data, tmp_path / "run", **taught))
     (line,) = (line for line in plan_lines(trainer, source) if line.startswith("method:"))
-    assert "gradient of dkd" in line
+    assert "dkd's gradient is" in line
     assert line.endswith(f"{size} {warning}")
 
 

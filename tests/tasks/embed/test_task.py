@@ -82,7 +82,7 @@ def test_a_registered_set_loses_its_labels():
 def test_a_folder_without_images_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"has no images, which end in \.jpg"):
         sizes(root=tmp_path)
-    with pytest.raises(DataError, match="is no folder and no list of paths"):
+    with pytest.raises(DataError, match="is neither a folder nor a list of paths"):
         sizes(root=tmp_path / "nothing")
 
 
@@ -272,7 +272,7 @@ def test_an_evaluation_probes_labeled_images(run, images, vit, tmp_path):
     line = run.metrics[-2]
     assert {"agreement", "loss", "knn", "linear"} <= {*line}
     assert line["knn"] > 50  # dark and light
-    with pytest.raises(DataError, match=r"data\.probe: .* is no folder"):
+    with pytest.raises(DataError, match=r"data\.probe: .* is neither a folder nor a list"):
         distill("resnet8", vit, small(images, probe=tmp_path / "nothing"), tmp_path / "no")
 
 

@@ -18,7 +18,7 @@ register_family(
         ("torchvision/resnet50_torchvision/resnet18",),
         basic.tune,
         photographs=True,
-        settings="ImageNet's; weights of auto are measured before the first step",
+        settings="ImageNet's; auto weights are measured before the first step",
         finetune=basic.finetune,
     ),
 )
