@@ -89,7 +89,7 @@ EXTRAS = {
     "hf": Extra(("datasets",), "Hugging Face data sets, --data.kind hf"),
     "hub": Extra(("huggingface_hub",), "Hugging Face Hub, hf://USER/REPO"),
     "mlflow": Extra(("mlflow-skinny",), "--log mlflow"),
-    "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "mdistiller export --format onnx, with or without --int8"),
+    "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "mdistiller export --format onnx"),
     "parquet": Extra(("pyarrow",), "image lists in Parquet files"),
     "ray": Extra(("ray[tune]",), "mdistiller sweep"),
     "tensorboard": Extra(("tensorboard",), "--log tensorboard"),

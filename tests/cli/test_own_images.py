@@ -123,3 +123,6 @@ def test_small_squares_have_a_baseline(cli, tmp_path):
     assert cli("train", "folder.kd.resnet8", *flags, "--teacher", teacher, "--out", kd).code == 0
     found = cli("compare", alone, kd, "--no-eval", "--batch", 1, "--json").json()["rows"]
     assert (found[-1]["label"], found[-1]["over_alone"] is None) == ("KD", False)
+    page = tmp_path / "page.html"
+    assert cli("report", alone, kd, "--device", "cpu", "--out", page).code == 0
+    assert "cannot run on the images" not in page.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 
 import pytest
 
@@ -13,7 +14,9 @@ from mdistiller.models import registry
 def test_report_on_runs(cli, student_run, teacher_run, tmp_path):
     out = tmp_path / "new" / "page.html"
     done = cli("report", student_run, teacher_run, "--out", out)
-    assert (done.code, done.out, done.err) == (0, f"{out}\n", "")
+    assert (done.code, done.out) == (0, f"{out}\n")
+    assert re.match(r"DKD [\d.]+ %", done.err)  # the answer
+    assert max(map(len, done.err.splitlines())) <= 80
     page = out.read_text()
     assert page.startswith("<!doctype html>")
     for text in ("DKD", "student alone", "synthetic: 2 runs"):

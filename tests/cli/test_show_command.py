@@ -62,7 +62,9 @@ def test_a_run_says_what_happened_to_the_drops(cli, tmp_path):
     assert done.code == 0, done.err
     assert "2 steps instead of the recipe's 240 epochs; the learning rate drops after" in done.message
     usual = cli("train", "digits.student.resnet8", "--epochs", 1, "--out", tmp_path / "digits", *cli.FAST)
-    assert "1 epoch instead of the recipe's 20 epochs, with the cosine schedule scaled to fit" in usual.message
+    assert (
+        "1 epoch instead of the recipe's 20 epochs, with the cosine schedule scaled to fit" in usual.message
+    )
 
 
 def test_a_run_of_an_earlier_version_keeps_its_values(cli, tmp_path):

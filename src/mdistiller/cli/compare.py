@@ -20,8 +20,8 @@ from mdistiller.report.runs import load_run
 
 class CompareCommand(Command):
     """Compare the teacher, the student alone, distilled students and their exports on the CPU: accuracy,
-    parameters, multiply-accumulates, file size and milliseconds per image. Later reports on these runs include
-    the table.
+    parameters, multiply-accumulates, file size and milliseconds per image. Later reports on these runs
+    include the table.
     """
 
     runs: Positional[tuple[Path, ...]] = ()
@@ -30,8 +30,8 @@ class CompareCommand(Command):
     """Folders that `mdistiller export` wrote, such as RUN/export/*. A torch-export graph may run code when
     opened: name only those you trust."""
     batch: tuple[int, ...] | None = None
-    """Batch sizes to time. None: 1 and 32, or only 1 for models that accept any image size, timed on the first
-    test image."""
+    """Batch sizes to time. None: 1 and 32, or only 1 for models that accept any image size, timed on the
+    first test image."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads. None: torch's choice, or OMP_NUM_THREADS."""
     eval: bool = True

@@ -101,8 +101,8 @@ def lines(found: Line) -> list[str]:
         shown.append(f"  {device['device']:<8} {device['name']}{memory}: {', '.join(device['precisions'])}")
     shown.append(f"  --device auto selects {found['auto_device']}")
     if len(found["devices"]) == 1:
-        built = f"is built for CUDA {found['cuda']} but finds none" if found["cuda"] else "is built for CPUs only"
-        shown.append(f"  no GPU: torch {built}")
+        built = f"for CUDA {found['cuda']} but finds none" if found["cuda"] else "for CPUs only"
+        shown.append(f"  no GPU: torch is built {built}")
     shown += ["", f"cores: {found['cores']}, torch threads: {found['threads']}"]
     shown.append(f"loader processes (--data.workers auto): {found['workers']}")
     shown.append(f"JPEG decoder: {found['jpeg']}")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +15,16 @@ from mdistiller.cli.options import Command
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.report import file_name, report_text, write_report
+from mdistiller.report.answer import answer
+from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import load_run, summarize
 from mdistiller.runs.folder import CONFIG, ENV, METRICS
 
 
 class ReportCommand(Command):
-    """Write one self-contained HTML page about runs, finished or under way: the answer in a sentence, ranked
-    results, curves, what was transferred, and the students' predictions on test images. Or write its
-    tables for a paper or a program.
+    """Write a self-contained HTML page about finished or running runs, and print its answer: which method
+    is best, and by how much. The page adds ranked results, curves, knowledge transfer, and predictions on
+    test images. Other formats contain the answer and tables.
     """
 
     runs: Positional[tuple[Path, ...]] = ()
@@ -55,8 +58,11 @@ class ReportCommand(Command):
             raise ConfigError(f"out: cannot write {out}: {error}") from error
         if self.as_json:
             print(json.dumps([asdict(row) for row in summarize([load_run(run) for run in runs])]))
-        else:
-            print(path)
+            return
+        page = PageRows.of([load_run(run) for run in runs])
+        for found in (answer(contest, page.groups) for contest in page.contests):
+            print(textwrap.fill(f"{found.sentence} {found.note}".strip(), 80), file=sys.stderr)
+        print(path)
 
 
 def _find(path: Path) -> list[Path]:

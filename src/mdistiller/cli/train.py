@@ -245,7 +245,7 @@ def _show_result(run: Run, config: RunConfig, *, as_json: bool) -> None:
         f"(epoch {best['epoch']}); {summary['seconds']:.0f} s, {summary['ms_per_step']:.1f} ms/step"
     ]
     if (remark := remark_on_teacher(run.folder, metric)) is not None:
-        lines.append(remark)
+        lines.append(textwrap.fill(remark, 80))
     if "probe" in summary:
         probe = summary["probe"]
         lines.append(f"linear probe: {metric.text(probe[name])} (epoch {probe['epoch']})")

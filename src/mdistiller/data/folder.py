@@ -241,7 +241,8 @@ def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path | None, Path | No
             raise DataError(f"{root} is a list without a validation split: {ADVICE}")
         return root, evaluation_split(config, None, None)
     if not root.is_dir():
-        raise DataError(f"data.root: {root} is {'not a folder' if tiny else 'neither a folder nor a list'}; {layout}")
+        kind = "not a folder" if tiny else "neither a folder nor a list"
+        raise DataError(f"data.root: {root} is {kind}; {layout}")
     if tiny and (root / "tiny-imagenet-200").is_dir():
         root = root / "tiny-imagenet-200"
     # Tiny-ImageNet's public test images have no labels.

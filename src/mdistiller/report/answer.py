@@ -121,7 +121,7 @@ def answer(contest: Contest, groups: Groups) -> Answer:
         elif closed > 0:
             parts.append(f"closes {closed:.0f} % of the gap between student and teacher")
     elif teacher is not None:
-        parts.append(f"its teacher is at {metric.text(teacher, '.1f')}")
+        parts.append(f"while its teacher reaches {metric.text(teacher, '.1f')}")
     sentence = ", ".join(parts).replace(", and passes", " and passes") + "."
     note = _note(contest, groups, p)
     if result.startswith("Nothing"):

@@ -43,7 +43,15 @@ function svgText(svg) {
   const copy = svg.cloneNode(true), css = getComputedStyle(document.documentElement);
   const [w, h] = svg.getAttribute('viewBox').split(' ').slice(2);
   $$('.off', copy).forEach(part => part.remove());
-  copy.removeAttribute('style'); copy.setAttribute('width', w); copy.setAttribute('height', h);
+  // Line charts take the legend along: the buttons of the drawn rows, one below the other.
+  const drawn = svg.querySelector('[data-x]') ? $$('g.row:not(.off)', svg).map(g => g.dataset.row) : [];
+  const buttons = $$('.legend button').filter((b, i, all) => drawn.includes(b.dataset.row)
+    && all.findIndex(c => c.dataset.row === b.dataset.row) === i);
+  buttons.forEach((button, i) => copy.insertAdjacentHTML('beforeend', `<g transform="translate(14 ${+h + 4 + 20 * i})">`
+    + `${button.querySelector('svg').innerHTML}<text x="38" y="10">${button.innerHTML.split('</svg>')[1]}</text></g>`));
+  const full = +h + (buttons.length ? 12 + 20 * buttons.length : 0);
+  copy.removeAttribute('style'); copy.setAttribute('width', w); copy.setAttribute('height', full);
+  copy.setAttribute('viewBox', `0 0 ${w} ${full}`);
   const style = document.createElementNS(svg.namespaceURI, 'style');
   const values = ['--ink', '--paper', '--faint', '--line', '--cells'].map(name => `${name}:${css.getPropertyValue(name).trim()}`);
   style.textContent = `:root{${values.join(';')}}svg.plot{background:var(--paper)}`

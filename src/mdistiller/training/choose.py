@@ -132,7 +132,5 @@ def _fastest(
     if min(times) >= _GAIN * times[0]:
         chosen = choices[0]
     texts = [f"{c['precision']} {c['layout']} {t:.1f}" for c, t in zip(choices, times, strict=True)]
-    reporter.note(
-        f"precision {chosen['precision']}, layout {chosen['layout']}; ms/step: {', '.join(texts)}"
-    )
+    reporter.note(f"precision {chosen['precision']}, layout {chosen['layout']}; ms/step: {', '.join(texts)}")
     return chosen

@@ -105,7 +105,11 @@ def test_other_cases(rows_of, write_run):
         ),
         "no spread": ({"kd": [90.0, 90.0], "dkd": [91.0, 91.0]}, None, "(n = 2, no spread, so no test)"),
         "unequal seeds": ({"kd": [90.0, 91.0], "dkd": [95.0, 96.0, 97.0]}, None, "n = 3 and 2)"),
-        "nothing to compare": ({"dkd": [95.0]}, 98.0, "DKD 95.0 % (one seed), its teacher is at 98.0 %."),
+        "nothing to compare": (
+            {"dkd": [95.0]},
+            98.0,
+            "DKD 95.0 % (one seed), while its teacher reaches 98.0 %.",
+        ),
         "no method": ({"none": [95.0, 96.0]}, None, "Student alone 95.5 ± 0.7 %."),
     }
     for name, (values, teacher, expected) in cases.items():

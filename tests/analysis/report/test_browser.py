@@ -187,6 +187,24 @@ def test_a_chart_is_saved(report, visit, tmp_path, kind):
     assert complaints == []
 
 
+def test_a_saved_line_chart_has_a_legend(report, visit, tmp_path):
+    """It names the drawn rows, in their order, within the picture."""
+    page, complaints = visit(report, DESKTOP)
+    drawn = page.locator("#accuracy-curves svg.wide g.row:not(.off)")
+    rows = list(dict.fromkeys(drawn.evaluate_all("all => all.map(g => g.dataset.row)")))
+    assert len(rows) > 1
+    with page.expect_download() as waiting:
+        page.locator("#accuracy-curves [data-save=svg]").click()
+    waiting.value.save_as(tmp_path / "c.svg")
+    root = ElementTree.fromstring((tmp_path / "c.svg").read_text(encoding="utf-8"))
+    *_, width, height = root.attrib["viewBox"].split()
+    assert (width, height) == (root.attrib["width"], root.attrib["height"])
+    legend = [g for g in root.findall(".//{*}g") if g.get("transform", "").startswith("translate(14 ")]
+    assert {g.find("{*}text").text for g in legend} == {*rows}
+    assert all(float(g.get("transform")[13:-1]) + 12 < float(height) for g in legend)
+    assert complaints == []
+
+
 def test_a_table_is_saved_with_columns_for_mean_and_std(report, visit, tmp_path):
     page, _ = visit(report)
     with page.expect_download() as waiting:

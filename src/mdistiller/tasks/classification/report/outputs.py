@@ -1,6 +1,7 @@
 """Outputs of the runs' students and teachers on the same test images."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from mdistiller.config import SELF
 from mdistiller.data import DataConfig, Splits, load_data
 from mdistiller.data.loader import PlainBatches
-from mdistiller.errors import ConfigError, DataError, MDistillerError
+from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
+from mdistiller.models.weights import read_metadata
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import RunRecord, find_baseline
 from mdistiller.report.sections import RunOutputs, check_same_images, no_student, part_of
@@ -27,7 +29,7 @@ from mdistiller.tasks.classification.report.measures import (
 )
 from mdistiller.tasks.multilabel.evaluate import average_precision
 from mdistiller.training.distributed import pick_device
-from mdistiller.types import IGNORED, Batch
+from mdistiller.types import IGNORED, Batch, Line
 
 BATCH = 250
 
@@ -139,7 +141,10 @@ def run_models(rows: PageRows, images: int, device: str = "auto") -> ClassifierO
     """
     found, target, groups = ClassifierOutputs(), pick_device(device), rows.groups
     try:
-        config = test_images(next(iter(groups.values()))[0], images)
+        first = next(iter(groups.values()))[0]
+        config = test_images(first, images)
+        with suppress(CheckpointError):
+            config = _filled(config, read_metadata(first.path))
         splits = found.splits = load_data(config)
     except (MDistillerError, OSError) as error:
         found.failures.append(f"The test images cannot be read: {error}")
@@ -157,7 +162,10 @@ def run_models(rows: PageRows, images: int, device: str = "auto") -> ClassifierO
     for label, runs in groups.items():
         for run in runs:
             try:
-                check_same_images(test_images(run, images), config)
+                own = test_images(run, images)
+                if own != config:  # such as small squares, whose size only the student's file records
+                    own = _filled(own, read_metadata(run.path))
+                check_same_images(own, config)
                 student = outputs(part_of(run, "student", ModelConfig).replace(checkpoint=run.path))
                 found.students.setdefault(label, []).append(student)
             except (MDistillerError, OSError) as error:
@@ -185,3 +193,9 @@ def test_images(run: RunRecord, images: int) -> DataConfig:
     data = part_of(run, "data", DataConfig)
     limit = min(images, data.test_limit or images)
     return data.replace(train_limit=1, label_noise=0.0, test_limit=limit, download=False)
+
+
+def _filled(data: DataConfig, recorded: Line) -> DataConfig:
+    """Returns a config with size, mean and std of a student's metadata where it leaves them open."""
+    names = [name for name in ("image_size", "mean", "std") if getattr(data, name) is None]
+    return data.replace(**{name: recorded[name] for name in names if name in recorded})
