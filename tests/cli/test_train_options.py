@@ -355,7 +355,7 @@ def test_pretrained_weights_give_the_settings_of_fine_tuning(words, capsys):
         tuned.probe_epochs,
     )
     told = capsys.readouterr().err
-    assert "folder.finetune.resnet20; --from-scratch gives those of folder.teacher.resnet20" in told
+    assert "folder.finetune.resnet20; for those of folder.teacher.resnet20, add --from-scratch" in told
     scratch = TrainCommand.parse([FOLDER, *words, "--from-scratch"]).config
     assert (scratch.recipe, scratch.optim) == (FOLDER, get_recipe(FOLDER).optim)
     assert not capsys.readouterr().err

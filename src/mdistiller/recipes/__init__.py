@@ -1,6 +1,6 @@
 """Recipes: configs of known settings, found by dotted names.
 
-`FAMILY.METHOD.TEACHER_STUDENT` distils a pair with any method (`A+B` adds methods up, `A-B` wraps A around
+`FAMILY.METHOD.TEACHER_STUDENT` distills a pair with any method (`A+B` adds methods up, `A-B` wraps A around
 B); the teacher `self` is the student's own moving average. `FAMILY.teacher.MODEL` and `FAMILY.student.MODEL`
 train one model on the labels, `folder.finetune.MODEL` a pretrained one. Every field can be changed
 afterwards.
@@ -90,7 +90,7 @@ def get_recipe(
         )
     if chosen in BASELINES and teacher is not None:
         raise ConfigError(
-            f"teacher: recipe {name!r} trains one model on the labels; to distil, use {prefix}.METHOD.STUDENT"
+            f"teacher: recipe {name!r} trains on labels alone; to distill, use {prefix}.METHOD.STUDENT"
         )
     if chosen in BASELINES:
         if baseline is family.finetune:
@@ -174,7 +174,7 @@ def _rename(recipe: str, method: str) -> str:
 
     Raises:
         UnknownNameError: no such method.
-        ConfigError: the recipe trains one model, so there is no pair to distil.
+        ConfigError: the recipe trains one model, so there is no pair to distill.
     """
     prefix, old, models = split_name(recipe)
     family = find_family(prefix)
@@ -182,6 +182,6 @@ def _rename(recipe: str, method: str) -> str:
     if old in BASELINES:
         raise ConfigError(
             f"method: recipe {recipe!r} trains one model on the labels; "
-            f"to distil, use {prefix}.{method}.TEACHER_STUDENT"
+            f"to distill, use {prefix}.{method}.TEACHER_STUDENT"
         )
     return f"{prefix}.{method}.{models}" if models else recipe

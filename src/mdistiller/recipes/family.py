@@ -66,7 +66,7 @@ class Family:
         return teachers, students
 
     def methods(self) -> list[str]:
-        """Lists the methods that distil a pair."""
+        """Lists the methods that distill a pair."""
         return [n for n in list_methods() if get_method(n).needs.teacher and self.Config.takes(n)]
 
     def find_model(self, name: str) -> str:

@@ -32,7 +32,7 @@ class ClassificationConfig(RunConfig):
     """`balanced`: weigh the classes in the cross-entropy with the labels inversely to their numbers of
     training images, 1 on average over the images; no distillation loss sees it."""
     ensemble: Literal["logits", "losses"] = "logits"
-    """With several teachers of one method: distil from the mean of their logits, or average the losses of
+    """With several teachers of one method: distill from the mean of their logits, or average the losses of
     all."""
     teacher_batch: int | None = Field(default=None, ge=1)
     """Images in one pass of the teacher, which runs ahead of the student by whole batches. None: one batch

@@ -74,8 +74,8 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
                 "data.eval_split: got 'test', but a run picks its best epoch by evaluation; allowed: "
                 "'validation', and afterwards mdistiller eval RUN --data.eval-split test"
             )
-        distils = config.has_teacher or config.learns_from_average
-        splits = load_data(config.data, pick_device(config.device), unlabeled=distils)
+        distills = config.has_teacher or config.learns_from_average
+        splits = load_data(config.data, pick_device(config.device), unlabeled=distills)
         self.check_kind(splits)
         return splits
 

@@ -1,6 +1,6 @@
 """Recipes for detection: the DKD paper's setting on COCO (its Table 10), and one for sets of small images.
 
-`FAMILY.METHOD.ARCHITECTURE_TEACHER_STUDENT`, such as `coco.dkd.fasterrcnn_resnet101_resnet18`, distils
+`FAMILY.METHOD.ARCHITECTURE_TEACHER_STUDENT`, such as `coco.dkd.fasterrcnn_resnet101_resnet18`, distills
 between two backbones of one architecture; the teacher `self` is the student's own moving average. Any two
 detectors make a pair TEACHER_STUDENT by their whole names, such as `fasterrcnn_resnet50_fcos_resnet18`.
 `FAMILY.teacher.DETECTOR` and `FAMILY.student.DETECTOR` train one detector without a teacher.

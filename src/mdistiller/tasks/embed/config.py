@@ -93,7 +93,7 @@ class EmbedConfig(ClassificationConfig):
 
 
 def suits(method: type[Method]) -> bool:
-    """Whether a method distils features without labels, logits and a memory of the training set."""
+    """Whether a method distills features without labels, logits and a memory of the training set."""
     needs = method.needs
     reads = needs.logits or needs.labels or needs.classifier or needs.index
     return needs.teacher and not reads and needs.views == 1

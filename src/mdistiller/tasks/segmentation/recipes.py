@@ -1,7 +1,7 @@
 """Recipes for segmentation: CIRKD's setting on Cityscapes and VOC, and one for sets of small images.
 
 The families are `DATA-seg`. `FAMILY.METHOD.HEAD_TEACHER_STUDENT`, such as
-`voc-seg.cwd.deeplabv3_resnet101_resnet18`, distils between two backbones with one head, and
+`voc-seg.cwd.deeplabv3_resnet101_resnet18`, distills between two backbones with one head, and
 `FAMILY.METHOD.TEACHER_STUDENT` between any two models, such as
 `coco-seg.kd.deeplabv3_resnet18_lraspp_mobilenet_v3_small`. The teacher `self` is the student's own moving
 average. `FAMILY.teacher.MODEL` and `FAMILY.student.MODEL` train one model without a teacher.
