@@ -126,7 +126,7 @@ def main(c: Command) -> None:
     for name, values in rows.items():
         print(f"| {name} | {spread(values)} | {', '.join(f'{value:.2f}' for value in values)} |")
     if c.logs is not None:
-        keep(folders, table, c.logs)
+        keep(folders, table, c.logs, without=("classes",))
 
 
 if __name__ == "__main__":
