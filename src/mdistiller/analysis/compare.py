@@ -17,7 +17,7 @@ from mdistiller.deploy.predict import Card, load_export
 from mdistiller.deploy.student import StudentFile, open_student
 from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
 from mdistiller.models.weights import STUDENT_FILE, find_weights
-from mdistiller.report.bought import COMPARISON, ComparedModel, Comparison
+from mdistiller.report.costs import COMPARISON, ComparedModel, Comparison
 from mdistiller.report.runs import RunRecord, find_baseline, group, load_run, make_row, teacher_names
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.environment import this_machine

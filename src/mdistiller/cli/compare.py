@@ -13,7 +13,7 @@ from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
 from mdistiller.cli.terminal import print_table
 from mdistiller.errors import ConfigError
-from mdistiller.report.bought import compared_columns
+from mdistiller.report.costs import compared_columns
 from mdistiller.report.markup import markdown_table
 from mdistiller.report.runs import load_run
 

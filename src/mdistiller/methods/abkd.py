@@ -92,7 +92,7 @@ class ABKD(LogitMethod[ABKDConfig]):
     card = Card(
         "Wang, Yang, Wang, Wang, Xu, Huang: ABKD: Pursuing a Proper Allocation of the Probability Mass in "
         "Knowledge Distillation via α-β-Divergence, ICML 2025",
-        "KL spreads over too many classes, or its reverse over too few: two exponents choose between them",
+        "KL covers too many classes or reverse KL too few; two exponents set the balance",
     )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

@@ -73,7 +73,7 @@ class AT(FeatureMethod[ATConfig]):
     Config = ATConfig
     card = Card(
         "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017",
-        "Maps of other channel counts, and no extra layers are wanted",
+        "Channel counts differ and you want no extra layers",
         example=Example(STAGES, STAGES),
     )
 

@@ -127,7 +127,7 @@ class BinaryKD(LogitMethod[BinaryKDConfig]):
     needs = Needs(one_class=False)
     card = Card(
         "Yang et al.: Multi-Label Knowledge Distillation, ICCV 2023",
-        "Images have several classes each",
+        "Images have several labels",
     )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

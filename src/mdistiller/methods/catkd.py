@@ -71,7 +71,7 @@ class CATKD(FeatureMethod[CATKDConfig]):
     Config = CATKDConfig
     card = Card(
         "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023",
-        "Positions of the classes in the image matter; both models have class activation maps",
+        "Where a class appears matters; both models have class activation maps",
         example=Example(("last_map",), ("last_map",)),
     )
     needs = replace(FeatureMethod.needs, classifier=True, logits=True)

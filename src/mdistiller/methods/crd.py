@@ -78,7 +78,7 @@ class CRD(FeatureMethod[CRDConfig]):
     sequences = True
     card = Card(
         "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020",
-        "Embeddings that transfer; a memory of all training images fits",
+        "You want embeddings that transfer, and a memory bank of all training images fits",
         example=Example(("pooled",), ("pooled",), 65_792),
     )
     needs = Needs(labels=True, index=True, logits=False)

@@ -97,7 +97,7 @@ class CRLD(PreparedMethod[CRLDConfig]):
     Config = CRLDConfig
     card = Card(
         "Zhang et al.: Cross-View Consistency Regularization for Knowledge Distillation, ACM MM 2024",
-        "Two views of each image are affordable, and the teacher is often unsure: those images are left out",
+        "You can afford two views per image; images the teacher is unsure of are skipped",
     )
     needs = Needs(views=2)
 

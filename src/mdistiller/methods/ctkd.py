@@ -96,7 +96,7 @@ class CTKD(Wrapper[CTKDConfig]):
     base: LogitMethod
     card = Card(
         "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023",
-        "The temperature is to be learned instead of chosen; wraps any logit method",
+        "You would rather learn the temperature than choose it; wraps any logit method",
         example=Example(extra_parameters=1),
     )
 

@@ -116,7 +116,7 @@ class DeepKDMethod(Method[DeepKDConfig]):
     card = Card(
         "Huang, Song, Zhang, Ren: DeepKD: A Deeply Decoupled and Denoised Knowledge Distillation "
         "Trainer, 2025",
-        "Many classes, and three momenta are affordable (`--optim.name deepkd`)",
+        "Many classes, and memory for three momentum buffers (`--optim.name deepkd`)",
         example=Example(),
     )
     needs = Needs(labels=True)

@@ -59,7 +59,7 @@ class DeiT(LogitMethod[DeiTConfig]):
     card = Card(
         "Touvron et al.: Training data-efficient image transformers & distillation through attention, "
         "ICML 2021",
-        "The student is a transformer with a distillation token; elsewhere, hard labels of the teacher",
+        "The student has a distillation token; other students learn the teacher's hard labels",
         example=Example(),
     )
 

@@ -148,7 +148,7 @@ class DiffKD(FeatureMethod[DiffKDConfig]):
     Config = DiffKDConfig
     card = Card(
         "Huang, Zhang, Zheng, You, Wang, Qian, Xu: Knowledge Diffusion for Distillation, NeurIPS 2023",
-        "The teacher is much larger, and time in training is not scarce: five passes of a small denoiser",
+        "The teacher is much larger and training time is cheap: five passes of a small denoiser",
         example=Example(("last_map",), ("last_map",), 628_016, reads_logits=True),
     )
     needs = Needs()

@@ -75,7 +75,7 @@ class DIST(Method[DISTConfig]):
     Config = DISTConfig
     card = Card(
         "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022",
-        "The teacher is much stronger than the student: correlations are compared, not probabilities",
+        "The teacher is much stronger: matches correlations instead of probabilities",
     )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

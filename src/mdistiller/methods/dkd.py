@@ -246,7 +246,7 @@ class DKD(LogitMethod[DKDConfig]):
     Config = DKDConfig
     card = Card(
         "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022",
-        "The teacher is certain of most training images, so that KD passes on little; β is to be chosen",
+        "The teacher is so confident that KD transfers little; you choose β",
         example=Example(),
     )
     needs = Needs(labels=True, every_label=False)

@@ -30,7 +30,7 @@ class ESKD(KD):
     config: ESKDConfig
     card = Card(
         "Cho, Hariharan: On the Efficacy of Knowledge Distillation, ICCV 2019",
-        "A better teacher gave a worse student: a teacher of an early epoch, saved by `--save-epochs`",
+        "A better teacher made a worse student: use an early checkpoint (`--save-epochs`)",
         example=Example(),
     )
 

@@ -58,7 +58,7 @@ class FitNet(FeatureMethod[FitNetConfig]):
     sequences = True
     card = Card(
         "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015",
-        "One hint between maps or tokens of any two models; first try with features",
+        "The first feature method to try: one hint between maps or tokens of any two models",
         example=Example(("stage2",), ("stage2",), 16_768),
     )
 

@@ -103,7 +103,7 @@ class GDKD(LogitMethod[GDKDConfig]):
     card = Card(
         "Zheng, Cheng: Rethinking Decoupled Knowledge Distillation: "
         "A Predictive Distribution Perspective, 2025",
-        "Many classes: the teacher's top k against the rest, in place of the target; needs no labels",
+        "Many classes: splits off the teacher's top k instead of the target; needs no labels",
     )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

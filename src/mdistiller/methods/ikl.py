@@ -121,7 +121,7 @@ class IKL(LogitMethod[IKLConfig]):
     Config = IKLConfig
     card = Card(
         "Cui, Tian, Zhong, Qi, Yu, Zhang: Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024",
-        "Differences between logits are to be matched beside the probabilities",
+        "You want to match pairwise logit differences as well as probabilities",
         example=Example(),
     )
 

@@ -99,7 +99,7 @@ class ITRD(FeatureMethod[ITRDConfig]):
     sequences = True
     card = Card(
         "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022",
-        "As CRD without a memory: correlations and similarities of embeddings",
+        "Like CRD without a memory bank: correlations and similarities of embeddings",
         example=Example(("pooled",), ("pooled",), 65_792),
     )
     taps_by_default = "pooled"

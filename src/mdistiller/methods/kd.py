@@ -199,7 +199,7 @@ class KD(LogitMethod[KDConfig]):
     Config = KDConfig
     card = Card(
         "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015",
-        "First try with any pair of models, also without labels",
+        "The first method to try, with any pair of models, with or without labels",
     )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

@@ -121,7 +121,7 @@ class KDSVD(FeatureMethod[KDSVDConfig]):
     card = Card(
         "Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, "
         "ECCV 2018",
-        "Changes between stages are compared; kept for comparison with the papers that report it",
+        "A baseline that older papers report: compares changes between stages",
         example=Example(STAGES, STAGES),
     )
 

@@ -66,7 +66,7 @@ class LSKD(Wrapper[LSKDConfig]):
     Config = LSKDConfig
     card = Card(
         "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024",
-        "The student need not have logits as large as the teacher's; wraps any logit method",
+        "The student cannot match the scale of the teacher's logits; wraps any logit method",
         example=Example(),
     )
     needs = Needs(every_label=False)

@@ -74,7 +74,7 @@ class LumiNet(Method[LumiNetConfig]):
     card = Card(
         "Hossain, Elahi, Ramasinghe, Cheraghian, Rahman, Mohammed, Rahman: LumiNet: Perception-Driven "
         "Knowledge Distillation via Statistical Logit Calibration, 2023",
-        "Large batches: the logits of each class are standardized over the batch",
+        "Large batches: standardizes each class's logits over the batch",
     )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

@@ -95,7 +95,7 @@ class MLKD(PreparedMethod[MLKDConfig]):
     Config = MLKDConfig
     card = Card(
         "Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023",
-        "Two views of each image are affordable; instances, batch and classes are compared",
+        "You can afford two views per image; compares instances, batches and classes",
         example=Example(),
     )
 

@@ -100,7 +100,7 @@ class ND(Wrapper[NDConfig]):
     card = Card(
         "Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature Norm "
         "and Direction, 2023",
-        "Embeddings are to be used by themselves, as in search; wraps any logit method",
+        "You will use the embeddings themselves, as in search; wraps any logit method",
         example=Example(("pooled",), ("pooled",), reads_logits=True),
     )
     needs = Needs(labels=True, every_label=False)

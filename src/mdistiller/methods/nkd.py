@@ -90,7 +90,7 @@ class NKD(LogitMethod[NKDConfig]):
     card = Card(
         "Yang, Zeng, Li, Zhang, Yuan, Li: From Knowledge Distillation to Self-Knowledge Distillation: "
         "A Unified Approach with Normalized Loss and Customized Soft Labels, ICCV 2023",
-        "As DKD, with a soft target in place of the target part",
+        "Like DKD, with a soft target in place of TCKD",
     )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

@@ -18,7 +18,7 @@ class NoDistillation(Method):
     Config = NoneConfig
     card = Card(
         "none: training on the labels alone",
-        "Student alone, on the labels: train it first, every gain is measured against it",
+        "The baseline: train the student alone first and measure every gain against it",
     )
     needs = Needs(teacher=False, one_class=False)
 

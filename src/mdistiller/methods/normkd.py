@@ -72,7 +72,7 @@ class NormKD(LogitMethod[NormKDConfig]):
     Config = NormKDConfig
     card = Card(
         "Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD: Normalized Logits for Knowledge Distillation, 2023",
-        "Logits of some images are much larger than those of others: each has its own temperature",
+        "Logit scales vary between images: each image gets its own temperature",
     )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

@@ -53,7 +53,7 @@ class NST(FeatureMethod[NSTConfig]):
     Config = NSTConfig
     card = Card(
         "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017",
-        "Distributions of activations over positions are compared; narrow teachers",
+        "Narrow teachers: compares the distribution of activations over positions",
         example=Example(STAGES, STAGES),
     )
 

@@ -96,7 +96,7 @@ class OFA(Method[OFAConfig]):
     card = Card(
         "Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All: Bridge the Gap Between Heterogeneous Architectures "
         "in Knowledge Distillation, NeurIPS 2023",
-        "Architectures differ, such as a transformer and a convolutional network; taps the student alone",
+        "Different architectures, such as a transformer and a CNN; taps only the student",
         example=Example(STAGES, extra_parameters=261_164, reads_logits=True),
     )
 

@@ -146,7 +146,7 @@ class OFD(FeatureMethod[OFDConfig]):
     Config = OFDConfig
     card = Card(
         "Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019",
-        "Convolutional networks with batch norm and ReLU at the end of their stages",
+        "CNNs whose stages end in batch norm and ReLU",
         example=Example(PREACTIVATIONS, PREACTIVATIONS, 86_912),
     )
 

@@ -66,7 +66,7 @@ class PKT(FeatureMethod[PKTConfig]):
     sequences = True
     card = Card(
         "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018",
-        "Embeddings for search; no extra layers; widths may differ",
+        "Embeddings for search, without extra layers; widths may differ",
         example=Example(("pooled",), ("pooled",)),
     )
     taps_by_default = "pooled"

@@ -81,7 +81,7 @@ class PLD(LogitMethod[PLDConfig]):
     Config = PLDConfig
     card = Card(
         "Bassam, Zhu, Bian: PLD: A Choice-Theoretic List-Wise Knowledge Distillation, NeurIPS 2025",
-        "One loss in place of a weighted sum of cross-entropy and distillation; needs class labels",
+        "You want one loss instead of weighting cross-entropy and distillation; needs labels",
     )
     needs = Needs(labels=True, every_label=False)
 

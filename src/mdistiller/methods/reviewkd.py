@@ -103,7 +103,7 @@ class ReviewKD(FeatureMethod[ReviewKDConfig]):
     Config = ReviewKDConfig
     card = Card(
         "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021",
-        "Every stage learns from all deeper ones; time at training is at hand; also detectors",
+        "Training time is cheap: each stage learns from all deeper ones; also for detectors",
         example=Example((*STAGES, "pooled"), (*PREACTIVATIONS, "pooled"), 1_808_774),
     )
 

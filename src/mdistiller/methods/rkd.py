@@ -76,7 +76,7 @@ class RKD(FeatureMethod[RKDConfig]):
     sequences = True
     card = Card(
         "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019",
-        "Embeddings for search or metric learning: distances and angles among images",
+        "Embeddings for search or metric learning: distances and angles between images",
         example=Example(("pooled",), ("pooled",)),
     )
     taps_by_default = "pooled"

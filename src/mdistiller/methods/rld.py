@@ -97,7 +97,7 @@ class RLD(LogitMethod[RLDConfig]):
     Config = RLDConfig
     card = Card(
         "Sun, Chen, Lyu, Chen, Chen, Wang: Knowledge Distillation with Refined Logits, ICCV 2025",
-        "The teacher is wrong about some training images: the labels correct it",
+        "The teacher is wrong on some training images: labels correct it",
     )
     needs = Needs(labels=True, every_label=False)
 

@@ -79,7 +79,7 @@ class SDD(Wrapper[SDDConfig]):
     base: LogitMethod
     card = Card(
         "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024",
-        "Images show several objects; parts of each are distilled; wraps any logit method",
+        "Images show several objects: distills parts of each image; wraps any logit method",
         example=Example(("last_map",), ("last_map",)),
     )
     needs = Needs(labels=True, classifier=True)

@@ -86,7 +86,7 @@ class SemCKD(Method[SemCKDConfig]):
     Config = SemCKDConfig
     card = Card(
         "Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021",
-        "It is not known which layers fit each other: attention chooses; memory and time are at hand",
+        "You do not know which layers match: attention decides, at the cost of memory and time",
         example=Example(STAGES, STAGES, 10_233_632, reads_logits=True),
     )
 

@@ -154,7 +154,7 @@ class SimKD(Method[SimKDConfig]):
     needs = Needs(one_class=False)
     card = Card(
         "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022",
-        "The student may keep the teacher's classifier and a projector when it is deployed",
+        "The deployed student may include the teacher's classifier and a projector",
         example=Example(("last_map",), ("last_map",), 188_316),
     )
     student_taps = teacher_taps = ("last_map",)

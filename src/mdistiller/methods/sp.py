@@ -54,7 +54,7 @@ class SP(FeatureMethod[SPConfig]):
     sequences = True
     card = Card(
         "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019",
-        "Similarities among the images of a batch; no extra layers; widths may differ",
+        "Similarities between images of a batch, without extra layers; widths may differ",
         example=Example(("stage3",), ("stage3",)),
     )
     taps_by_default = "last stage"

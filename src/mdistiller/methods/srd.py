@@ -61,7 +61,7 @@ class SRD(FeatureMethod[SRDConfig]):
     sequences = True
     card = Card(
         "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024",
-        "One linear projection of the embedding, between CNNs and transformers alike; add KD to it",
+        "One linear projection of the embedding, for CNNs and transformers; combine with KD",
         example=Example(("pooled",), ("pooled",), 65_792),
     )
     taps_by_default = "embedding"

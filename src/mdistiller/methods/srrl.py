@@ -72,7 +72,7 @@ class SRRL(Method[SRRLConfig]):
     Config = SRRLConfig
     card = Card(
         "Yang et al.: Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021",
-        "Embeddings that the teacher's own classifier can read; maps of other sizes",
+        "Embeddings that the teacher's classifier can read; map sizes may differ",
         example=Example(("last_map",), ("pooled",), 66_048),
     )
     teacher_taps = ("pooled",)

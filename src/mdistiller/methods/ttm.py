@@ -98,7 +98,7 @@ class TTM(LogitMethod[TTMConfig]):
     Config = TTMConfig
     card = Card(
         "Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024",
-        "KD with the temperature on the teacher alone, a regularizer of the student",
+        "KD with temperature on the teacher only, which regularizes the student",
     )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
@@ -113,7 +113,7 @@ class WTTM(LogitMethod[WTTMConfig]):
     Config = WTTMConfig
     card = Card(
         TTM.card.paper,
-        "As TTM, with more weight on images for which the teacher spreads its probability",
+        "Like TTM, with more weight on images where the teacher is unsure",
     )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

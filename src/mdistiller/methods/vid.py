@@ -63,7 +63,7 @@ class VID(FeatureMethod[VIDConfig]):
     sequences = True
     card = Card(
         "Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019",
-        "Features with a learned variance: channels that the student cannot follow count less",
+        "Down-weights channels that the student cannot match, by a learned variance",
         example=Example(STAGES, STAGES, 258_496),
     )
 

@@ -59,7 +59,7 @@ class VkD(FeatureMethod[VkDConfig]):
     sequences = True
     card = Card(
         "Miles, Elezi, Deng: VkD: Improving Knowledge Distillation using Orthogonal Projections, CVPR 2024",
-        "As SRD, with an orthogonal projection: similarities between images stay; small transformers",
+        "Like SRD, with an orthogonal projection that keeps similarities; small transformers",
         example=Example(("pooled",), ("pooled",), 65_536),
     )
     taps_by_default = "embedding"

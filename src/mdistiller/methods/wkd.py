@@ -317,7 +317,7 @@ class WKDL(Method[WKDLConfig]):
     card = Card(
         "Lv, Yang, Li: Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation, "
         "NeurIPS 2024",
-        "Some classes are close relatives: a mistake between them costs less",
+        "Some classes are close relatives: confusing them costs less",
         example=Example(),
     )
     distances: Tensor | None
@@ -409,7 +409,7 @@ class WKDF(FeatureMethod[WKDFConfig]):
     Config = WKDFConfig
     card = Card(
         WKDL.card.paper,
-        "Statistics of channels, for maps whose positions do not correspond",
+        "Positions do not correspond: matches channel statistics",
         example=Example(("stage3",), ("stage3",), 66_304),
     )
     taps_by_default = "last stage"

@@ -99,8 +99,8 @@ def answer(contest: Contest, groups: Groups) -> Answer:
     if alone is not None and alone is not best and best.last.mean < alone.last.mean:
         other = alone
         result = (
-            f"Nothing beats the student alone, {_value(alone.last, digits, metric)}: the best, "
-            f"{best.label}, is at {_value(best.last, digits, metric)}"
+            f"Nothing beats the student alone ({_value(alone.last, digits, metric)}): the best method, "
+            f"{best.label}, reaches {_value(best.last, digits, metric)}"
         )
     if other is None and best.seeds == 1:
         result += " (one seed)"

@@ -10,7 +10,7 @@ from pathlib import Path
 import mdistiller.report.markup as html
 from mdistiller.errors import ConfigError, DataError, one_line
 from mdistiller.report.answer import Contest, answer
-from mdistiller.report.bought import bought
+from mdistiller.report.costs import costs
 from mdistiller.report.curves import over_training, transfer
 from mdistiller.report.formats import WRITERS
 from mdistiller.report.page_rows import PageRows
@@ -101,7 +101,7 @@ def report_text(
         return WRITERS[format](rows, found, title)
     if len(tests) > 1:
         notes = [*notes, "These runs have different test images, so their metrics do not compare."]
-    sections = [headline(rows), *bought(runs), *over_training(rows), *transfer(rows, found)]
+    sections = [headline(rows), *costs(runs), *over_training(rows), *transfer(rows, found)]
     if images:
         sections += extra.make(rows, images, device, found)
     missing = missing_parts(found.failures) if found is not None else []

@@ -89,7 +89,7 @@ def test_other_cases(rows_of, write_run):
         "worse than alone": (
             {"none": [80.0, 81.0], "dkd": [70.0, 71.0], "kd": [60.0, 61.0]},
             98.0,
-            "Nothing beats the student alone, 80.5 ± 0.7 %: the best, DKD, is at 70.5 ± 0.7 %, "
+            "Nothing beats the student alone (80.5 ± 0.7 %): the best method, DKD, reaches 70.5 ± 0.7 %, "
             "10.0 points below it (p = 0.005, n = 2).",
         ),
         "better than the teacher": (

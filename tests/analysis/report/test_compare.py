@@ -12,7 +12,7 @@ from mdistiller.deploy.export import export_student
 from mdistiller.errors import CheckpointError, ConfigError, DataError
 from mdistiller.models import create_model
 from mdistiller.report import write_report
-from mdistiller.report.bought import COMPARISON, read_comparison
+from mdistiller.report.costs import COMPARISON, read_comparison
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +78,11 @@ def test_it_is_kept_in_the_run_folders_and_in_the_report(found, folders, tmp_pat
     assert read_comparison(folders[0]) is None
     text = write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8")
     assert text.count("Table of accuracy and cost") == 1  # three folders hold the same
-    assert '<h2 id="bought">What distillation bought</h2>' in text
+    assert '<h2 id="cost">Cost and accuracy</h2>' in text
     assert "DKD, seed 0, onnx int8" in text
     assert f"milliseconds an image on {found.machine}" in text
     plain = write_report(folders[:1], tmp_path / "plain.html").read_text(encoding="utf-8")
-    assert "What distillation bought" not in plain
+    assert "Cost and accuracy" not in plain
 
 
 def test_the_teachers_own_run_is_the_teacher(folders, real_runs, tmp_path):

@@ -544,7 +544,7 @@ def statistics(inputs, momentum=0.1):
     return {"running_mean": mean, "running_var": variance}
 
 
-# What distillation bought
+# Cost and accuracy
 
 
 def test_compare(runs, data, tmp_path, capsys, monkeypatch):

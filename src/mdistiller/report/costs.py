@@ -81,7 +81,7 @@ def compared_columns(found: Comparison, metric: Metric) -> list[list[str]]:
     return lines
 
 
-def bought(runs: Sequence[RunRecord]) -> list[Section]:
+def costs(runs: Sequence[RunRecord]) -> list[Section]:
     """Returns a table for each comparison in the run folders; several folders may hold the same one."""
     found: dict[str, Comparison] = {}
     failures = []
@@ -107,4 +107,4 @@ def bought(runs: Sequence[RunRecord]) -> list[Section]:
         )
         parts += [text_table(head, lines, "Table of accuracy and cost"), paragraph(note, "note")]
     parts += [paragraph(text) for text in failures]
-    return [Section("bought", "What distillation bought", "".join(parts))] if parts else []
+    return [Section("cost", "Cost and accuracy", "".join(parts))] if parts else []
