@@ -303,9 +303,9 @@ def distill(
 ) -> Run:
     """Trains a student with a teacher, and writes a run folder.
 
-    Settings are those of the recipe `DATA.METHOD.TEACHER_STUDENT`; data of one's own have the recipes of the
-    family `folder`, and arrays padded crops. Modules are not changed: the run works on copies. A student
-    starts from the weights that it has, and is `run.student` at the end.
+    Settings are those of the recipe `DATA.METHOD.TEACHER_STUDENT`. Your own data use the family `folder`,
+    with padded crops for arrays. Modules are not changed: the run works on copies. A student starts from the
+    weights that it has, and is `run.student` at the end.
 
     Args:
         student: a module that returns logits [B, classes], a model's name, a run folder, hf://USER/REPO

@@ -78,7 +78,7 @@ def _one_view(method: Method) -> str:
 
 
 def check_target(method: Method, target: Tensor, logits: Tensor) -> None:
-    """Checks that a target has a class, or a probability for each, for every row of logits [B, C].
+    """Checks that a target gives each row of logits [B, C] a class, or a probability for every class.
 
     It waits for the device. Rows of probabilities sum to one, or to less where they are mixed with images
     without a class.

@@ -298,7 +298,7 @@ class RunConfig(Settings):
         return [(part, weight if own else share) for part, weight in zip(found, weights, strict=True)]
 
     def with_teacher(self, teacher: TeacherConfig) -> Self:
-        """Returns the config of a further teacher, with that one alone."""
+        """Returns the run's config as if this further teacher were the only one."""
         update = {"teacher": teacher, "method": teacher.method or self.method, "more_teachers": ()}
         return self.model_copy(update=update)
 

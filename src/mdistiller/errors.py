@@ -16,7 +16,7 @@ class MDistillerError(Exception):
 
 
 class ConfigError(MDistillerError, ValueError):
-    """Wrong setting or argument; the message has its name, the value and the allowed values."""
+    """Invalid setting or argument. The message gives its name, its value and the allowed values."""
 
 
 class UnknownNameError(ConfigError):

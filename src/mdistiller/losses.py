@@ -84,8 +84,8 @@ def as_rows(
     float of the logits' shape. With `predict_next`, a position's label is that of the next one, and the last
     position has none. Features stay as they are. The classes may also be last before H and W, or before T,
     as the shape of the labels says; where both fit, only logits of a form that `is_known` are taken. Unless a
-    loss `reads_labels`, a batch may have none (-100 for each sample): then every position of an
-    `attention_mask` among the inputs counts, without one every position.
+    loss `reads_labels`, a batch may be unlabeled (-100 for each sample): then every position counts, or
+    those of the inputs' `attention_mask` if there is one.
 
     Raises:
         ConfigError: logits and labels, or the logits of student and teacher, of other positions; an axis of
@@ -165,7 +165,7 @@ def _positions(inputs: Inputs, logits: Tensor, *, is_known: bool) -> Tensor:
 
 
 def labeled_rows(student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Outputs, Batch, Tensor]:
-    """Leaves out the rows of `as_rows` without a class, such as a text's padding.
+    """Drops the rows of `as_rows` that have no class, such as padding in a text.
 
     Returns also whether any row has a class, a 0-d bool tensor. If none has, all rows stay, with label 0: a
     mean over no row would be NaN.

@@ -106,7 +106,7 @@ class Flag:
 
     @property
     def one(self) -> Any:
-        """Returns the type of the value of one use."""
+        """Returns the type of the value that one use of the flag takes."""
         return get_args(self.kind)[0] if self.repeats else self.kind
 
     def read(self, words: Sequence[str]) -> object:

@@ -50,7 +50,7 @@ def list_datasets() -> list[str]:
 
 @contextmanager
 def given_data(name: str, reader: Reader) -> Iterator[None]:
-    """Context in which a data set is known by a name that begins with `given-`."""
+    """Registers a data set, under a name that begins with `given-`, for the duration of the context."""
     before = dict(_GIVEN)
     _GIVEN[name] = reader
     try:

@@ -87,7 +87,7 @@ def save_student(
     std: Sequence[float],
     options: Line | None = None,
 ) -> Path:
-    """Saves a classifier from one's own training loop, so that `load_student` and the commands take it.
+    """Saves a classifier from your own training loop, so that `load_student` and the commands can read it.
 
     The file holds the weights and everything below. It is written only if the name builds the model again.
 

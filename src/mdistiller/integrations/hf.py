@@ -117,7 +117,7 @@ class DistillTrainer(Trainer):
 
     @contextmanager
     def _student_alone(self) -> Iterator[None]:
-        """Makes the student the trainer's model, for the trainer's own files."""
+        """Makes the student the trainer's model while the trainer writes its own files."""
         model = self.model
         self.model = self.student  # type: ignore[assignment]
         try:

@@ -19,7 +19,7 @@ _ALIGNED = {
 
 
 def has_known_logits(model: nn.Module) -> bool:
-    """Whether a model is of a library whose dense logits are [B, T, C] or [B, C, H, W]."""
+    """Whether a model comes from a library whose dense logits are [B, T, C] or [B, C, H, W]."""
     return type(without_adapters(model)).__module__.partition(".")[0] in ("torchvision", "transformers")
 
 

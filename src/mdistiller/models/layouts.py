@@ -195,7 +195,7 @@ _LAST_AXIS = (nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.Embedding, nn.
 
 
 def _convolutional(module: nn.Module) -> Layout | None:
-    """Returns the layout in a module of convolutions, none of whose layers works on the last axis."""
+    """Returns the layout inside a convolutional module without layers that work on the last axis."""
     parts = list(module.modules())
     if any(isinstance(part, _LAST_AXIS) for part in parts):
         return None

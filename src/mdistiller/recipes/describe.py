@@ -158,7 +158,7 @@ def _text(value: object) -> str:
 
 
 def describe_length(config: RunConfig) -> str | None:
-    """Returns a line about a run that is longer or shorter than its recipe, with its drops of the rate.
+    """Returns a line with the learning rate's drops, for a run longer or shorter than its recipe.
 
     None: the run has its recipe's length, or no recipe.
     """

@@ -31,8 +31,8 @@ def build_fastest(
     """Builds a run as `build_run`, with `auto` of precision, layout and weights replaced.
 
     The run is built once. What is measured on it is put back, so a run with choices has the bits of one whose
-    config names them. Precision and layout of short and compiled runs are not measured; weights are, of each
-    run.
+    config names them. Weights are measured for every run, precision and layout only for runs that are neither
+    short nor compiled.
     """
     choices: list[dict[str, str | float]] = [{**choice} for choice in candidates(config, world.device)]
     data = read_data(task, config, world)

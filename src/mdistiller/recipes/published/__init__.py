@@ -39,7 +39,7 @@ class Values(Settings):
     unverified: bool = False
     """Whether the figures were noted from memory."""
     tuned: bool = True
-    """Whether the hyperparameters are the authors'. False: they are defaults, the authors' are not known."""
+    """Whether the hyperparameters are the authors'. False: defaults, because the authors' are unknown."""
     note: str = ""
     """Sentence about the run."""
     optimizer: Literal["sgd", "dot", "deepkd"] = "sgd"

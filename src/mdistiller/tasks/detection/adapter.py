@@ -74,8 +74,8 @@ class DetectorAdapter(ABC):
     activation: ClassVar[Activation | None]
     """`softmax` over classes, the background being class 0; or a `sigmoid` for each class.
 
-    None: the logits have no rows that another detector has too, as those of a transformer's queries. Methods
-    that compare logits are an error then.
+    None: rows do not correspond between detectors, like a transformer's queries. Methods that compare
+    logits then raise an error.
     """
     has_proposals: ClassVar[bool] = False
     """Whether logits are those of proposals, which the teacher takes from the student; else of anchors."""
@@ -93,7 +93,7 @@ class DetectorAdapter(ABC):
     """Levels that a method reads of a backbone; none: its last one. A detector has all of its levels."""
 
     hold: int | None = None
-    """Number of the convolution in each branch of the head whose output is kept in a pass; None: of none."""
+    """Index of the convolution in each branch of the head whose output a pass keeps. None: keep none."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

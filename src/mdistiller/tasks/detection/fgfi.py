@@ -77,7 +77,7 @@ class FGFIConfig(FeatureConfig):
 
 
 class FGFI(LevelMethod):
-    """Imitates the teacher's pyramid at the anchors near objects, through a 3x3 convolution a level."""
+    """Imitates the teacher's pyramid at the anchors near objects, through one 3x3 convolution per level."""
 
     Config = FGFIConfig
     config: FGFIConfig

@@ -331,7 +331,7 @@ def _freeze_as_in(model: nn.Module, checkpoint: Path) -> None:
 def _usual_epsilon(model: nn.Module, epsilon: float | None = None) -> None:
     """Gives frozen norms the epsilon of a new one, with the same results: a file of weights has no epsilon.
 
-    `epsilon`: that of the weights; None: the norms'.
+    epsilon: the epsilon that the weights were trained with. None: the norms' own.
     """
     from torchvision.ops import FrozenBatchNorm2d
 
