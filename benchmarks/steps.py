@@ -29,7 +29,7 @@ def steps_of(trainer: Trainer, source: AnySource, *, fill: int = 0) -> Callable[
         width = asked.live(next(iter(source.next_batches(0, 1)))).logits.shape[1]
         rows = {LOGITS: np.zeros((fill, width), np.float32)}
         for view in range(asked.num_views):
-            asked.cache.fill(view, np.arange(fill), (LOGITS,), lambda: rows)
+            asked.cache.fill(view, 1 + np.arange(fill), (LOGITS,), lambda: rows)
     trainer.start_epoch()
     ready: deque[tuple[AnyBatch, Outputs | None]] = deque()
 

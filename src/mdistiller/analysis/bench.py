@@ -96,7 +96,7 @@ class Bench:
         if isinstance(asked, CachedTeacher) and asked.cache is not None:
             zeros = np.zeros((len(self.splits.train), self.splits.num_classes), np.float32)
             for view in range(source.num_views):
-                asked.cache.fill(view, np.arange(len(zeros)), (LOGITS,), lambda: {LOGITS: zeros})
+                asked.cache.fill(view, 1 + np.arange(len(zeros)), (LOGITS,), lambda: {LOGITS: zeros})
         if device.type == "cuda":
             state = copy.deepcopy(trainer.state_dict())
             self._steps(row, list(islice(self.batches(), self.turn)))
