@@ -105,7 +105,7 @@ def timm_batches(c: Command) -> Batches:
     """Yields batches as timm's script reads them, or those that lie ready."""
     if c.photos is None:
         return batches(c)
-    from timm.data import create_loader
+    from timm.data.loader import create_loader
     from torchvision.datasets import ImageFolder
 
     return endless(
@@ -234,6 +234,7 @@ def ours(c: Command, precision: str, *, cached: bool = False) -> Step:
 
     from mdistiller import get_recipe
     from mdistiller.runs.progress import Reporter
+    from mdistiller.training.batches import ImageBatches
     from mdistiller.training.choose import build_fastest
     from mdistiller.training.distributed import World
     from mdistiller.training.task import get_task
@@ -258,6 +259,7 @@ def ours(c: Command, precision: str, *, cached: bool = False) -> Step:
         )
         config, trainer, source = build_fastest(task, config, world, Reporter())
     print(f"precision: {config.precision}, layout: {config.layout}", file=sys.stderr)
+    assert isinstance(source, ImageBatches)
     return steps_of(trainer, source, fill=len(source.splits.train) if cached else 0)
 
 

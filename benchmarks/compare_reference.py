@@ -65,7 +65,9 @@ def reference_step(
 ) -> Callable[[], None]:
     """A step of the reference's trainer."""
     sys.path.insert(0, str(c.reference))
-    sys.modules.setdefault("tensorboardX", type(sys)("tensorboardX")).SummaryWriter = object  # never called
+    board: Any = type(sys)("tensorboardX")
+    board.SummaryWriter = object  # never called
+    sys.modules.setdefault("tensorboardX", board)
     from mdistiller.engine.cfg import CFG
     from mdistiller.engine.trainer import BaseTrainer
     from mdistiller.engine.utils import AverageMeter
@@ -73,7 +75,7 @@ def reference_step(
     from torchvision import transforms as T
 
     from mdistiller import distillers
-    from mdistiller.models import cifar_model_dict
+    from mdistiller.models import cifar_model_dict  # type: ignore[attr-defined]
 
     class Images(torch.utils.data.Dataset):
         change = T.Compose(

@@ -11,7 +11,9 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from steps import steps_of
 from turns import paired_ratio
@@ -35,7 +37,7 @@ MODELS = (
 PLAIN = "float32, contiguous"
 
 
-def measure(name: str, size: int, batch: int, rounds: int) -> dict[str, object]:
+def measure(name: str, size: int, batch: int, rounds: int) -> dict[str, Any]:
     """Builds both trainers of a model, and times their steps in turn."""
     data = DataConfig(
         kind="synthetic", synthetic_samples=4 * batch, synthetic_classes=100, image_size=size, test_limit=8
@@ -51,7 +53,9 @@ def measure(name: str, size: int, batch: int, rounds: int) -> dict[str, object]:
     task = get_task("classification")
     with process_group("cpu") as world:
         chosen, trainer, source = build_fastest(task, config, world, Reporter())
-        rows = {"the run's choice": (steps_of(trainer, source), [])}
+        rows: dict[str, tuple[Callable[[], None], list[float]]] = {
+            "the run's choice": (steps_of(trainer, source), [])
+        }
         plain = config.replace(precision="float32", layout="contiguous")
         rows[PLAIN] = (steps_of(*build_run(task, plain, world)), [])
         for _ in range(rounds):
@@ -59,16 +63,16 @@ def measure(name: str, size: int, batch: int, rounds: int) -> dict[str, object]:
                 start = time.process_time()
                 step()
                 times.append(1000 * (time.process_time() - start))
-    times = {key: found[2:] for key, (_, found) in rows.items()}
-    ratio = {key: paired_ratio(found, times[PLAIN]) for key, found in times.items()}
+    counted = {key: found[2:] for key, (_, found) in rows.items()}
+    ratio = {key: paired_ratio(found, counted[PLAIN]) for key, found in counted.items()}
     return {
         "model": name,
         "pixels": size,
         "batch": batch,
         "choice": f"{chosen.precision}, {chosen.layout}",
-        "ms": {key: statistics.median(found) for key, found in times.items()},
+        "ms": {key: statistics.median(found) for key, found in counted.items()},
         "ratio": ratio,
-        "times": times,
+        "times": counted,
     }
 
 

@@ -183,7 +183,7 @@ class Given(nn.Module):
         super().__init__()
         pooled = features[-1].mean((2, 3))
         found = [features[0], *features]
-        self.features = {"feats": found, "preact_feats": found, "pooled_feat": pooled}
+        self.features: dict[str, Any] = {"feats": found, "preact_feats": found, "pooled_feat": pooled}
         self.logits = torch.zeros(len(pooled), 10)
         self.norms = [nn.BatchNorm2d(x.shape[1]) for x in features]
         for norm in self.norms:
@@ -440,7 +440,8 @@ def dot(f: Any, parameters: Tensor) -> Pair:
     task, distillation = torch.randn(2, 40)
     pair = [[x.clone().requires_grad_() for x in parameters.chunk(2)] for _ in range(2)]
     theirs = f(pair[0], lr=0.1, momentum=0.85, momentum_kd=0.95, weight_decay=5e-4)
-    own = DOT(pair[1], lr=0.1, momentum=0.9, delta=0.05, weight_decay=5e-4)
+    deltas = {"task": -0.05, "distillation": 0.05}
+    own = DOT(pair[1], lr=0.1, momentum=0.9, deltas=deltas, weight_decay=5e-4)
 
     def losses(p: Maps) -> tuple[Tensor, Tensor]:
         return (p[0] - task).square().sum() + p[1].square().sum(), (p[0] - distillation).square().sum()

@@ -69,7 +69,8 @@ def timm_top1(c: Command, teacher: Path, like: Path, seed: int) -> float:
     model = load_student(teacher)
     save_for_hf(model, c.out / "timm-teacher", model_config={"num_classes": model.num_classes})
     config = load_config(like / "config.json")
-    kd, optim, out = config.method, config.optim, c.out / f"timm-s{seed}"
+    kd: Any = config.method
+    optim, out = config.optim, c.out / f"timm-s{seed}"
     found = list(out.glob("*/summary.csv"))
     if not found:
         words = [

@@ -68,7 +68,7 @@ def draw_masks(coco: Path, folder: Path) -> None:
             image, mask = images.read(i)
             factor = SIDE / min(image.size)
             size = (round(image.width * factor), round(image.height * factor))
-            stem = Path(images.name(i)).stem
+            stem = images.path(i).stem
             image.resize(size, Image.Resampling.BILINEAR).save(folder / "JPEGImages" / f"{stem}.png")
             drawn = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
             drawn.putpalette(palette(256).flatten().tolist())
