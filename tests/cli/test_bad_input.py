@@ -272,9 +272,9 @@ def drop(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (drop, ["data is no folder", "ROOT/train/CLASS/*.jpg"]),
+        (drop, ["data is neither a folder nor a list", "ROOT/train/CLASS/*.jpg"]),
         (lambda root: [drop(root), root.mkdir()], ["data has no train/ (folders there: none)"]),
-        (lambda root: [drop(root), root.write_bytes(b"x")], ["data is no folder"]),
+        (lambda root: [drop(root), root.write_bytes(b"x")], ["data is neither a folder nor a list"]),
         (lambda root: drop(root / "val"), ["data has train/ but no val or valid or", "--data.val-fraction"]),
         (lambda root: [drop(root / "train"), (root / "train").mkdir()], ["data/train has no class folders"]),
         (
