@@ -75,3 +75,14 @@ def test_loaders_take_turns_on_the_same_files(tmp_path):
     assert found["rows"][1]["of_torchvision"] == 1
     assert found["settings"]["images"] == 12  # of 14
     assert (tmp_path / "out" / "data_loaders.md").read_text() in out
+
+
+def test_steps_of_runs_with_and_without_a_cache(tmp_path):
+    script = next(file for file in FILES if file.stem == "teacher_cache")
+    size = ("--pair", "resnet8", "resnet8", "--batch-size", "4", "--rounds", "2", "--steps", "1")
+    process = processes.Forked(processes.script, script, *size, "--out", tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    found = json.loads((tmp_path / "resnet8-float32.json").read_text())
+    assert {len(times) for times in found["seconds_a_step"].values()} == {2}
+    assert found["cache_bytes"] > 0
