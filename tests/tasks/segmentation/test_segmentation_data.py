@@ -333,6 +333,26 @@ def test_masks_of_one_name_in_several_folders(tmp_path):
     assert [(np.max(image), np.max(mask)) for image, mask in own] == [(0, 0), (1, 1)]
 
 
+@pytest.mark.parametrize("size", [(8, 8), (8, 12)])
+def test_a_photograph_is_turned_as_its_mask(tmp_path, size):
+    """A camera stores it on its side; its mask is upright or, if only that fits, as stored."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # seen after a quarter turn to the right
+    seen = np.zeros((*size, 3), np.uint8)
+    seen[0] = 255
+    mask = (seen[..., 0] > 0).astype(np.uint8)
+    stored = np.rot90(seen)
+    for split, drawn in (("train", mask), ("val", mask if size[0] == size[1] else np.rot90(mask))):
+        for part, pixels in (("images", stored), ("masks", drawn)):
+            (tmp_path / part / split).mkdir(parents=True)
+            file = tmp_path / part / split / "a.png"
+            Image.fromarray(np.ascontiguousarray(pixels)).save(file, exif=exif if part == "images" else None)
+    found = load_segmentation(SegmentationDataConfig(root=tmp_path))
+    for images in (found.train, found.test):
+        image, drawn = images.read(0)
+        np.testing.assert_array_equal(np.asarray(image)[..., 0] > 0, drawn == 1)
+
+
 @pytest.mark.parametrize(("split", "value"), [("train", 255), ("train", 1), ("val", 255)])
 def test_masks_without_classes_to_tell_apart(tmp_path, split, value):
     """As of drawings in black and white, whose 255 is the ignored value."""

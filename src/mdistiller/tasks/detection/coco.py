@@ -18,7 +18,14 @@ from torch import Tensor
 from mdistiller.data.decoder import read_image
 from mdistiller.errors import DataError, MissingPackageError
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.listing import Annotation, Category, Content, Entry, Segmentation
+from mdistiller.tasks.detection.listing import (
+    Annotation,
+    Category,
+    Content,
+    Entry,
+    Segmentation,
+    read_sized,
+)
 from mdistiller.training.dense import Split
 
 Target = dict[str, Tensor]
@@ -98,11 +105,9 @@ class DetectionSet:
         from torchvision import tv_tensors
 
         record = self.images[index]
-        picture = read_image(record.path)
+        picture = read_sized(record.path, record.size[::-1]) if record.is_labeled else read_image(record.path)
         if not record.is_labeled:
             record = replace(record, size=picture.size[::-1])
-        if picture.size[::-1] != record.size:  # perhaps it was annotated as it is stored, lying on its side
-            picture = read_image(record.path, upright=False)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         (h, w), (height, width) = image.shape[1:], record.size
         if (h, w) != (height, width):

@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict, TypeVar
 
 from PIL import Image
 
-from mdistiller.data.decoder import plain
+from mdistiller.data.decoder import plain, read_image
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.errors import DataError
 
@@ -125,6 +125,16 @@ def find_folder(root: Path, name: str) -> Path:
 def images_in(folder: Path) -> list[Path]:
     """Lists the image files in a folder and those below it, sorted."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+
+
+def read_sized(path: Path, size: tuple[int, int]) -> Image.Image:
+    """Reads an image upright, or as it is stored if only that has the (width, height) of its annotations.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    image = read_image(path)
+    return image if image.size == size else read_image(path, upright=False)
 
 
 def upright_size(path: Path) -> tuple[int, int]:

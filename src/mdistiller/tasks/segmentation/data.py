@@ -13,12 +13,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mdistiller.data.decoder import plain, read_image
+from mdistiller.data.decoder import plain
 from mdistiller.errors import ConfigError, DataError, UnknownNameError
 from mdistiller.tasks.detection.coco import DetectionSet, decode_mask, has_mask
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.layouts import load_split as load_objects
-from mdistiller.tasks.detection.listing import SPLITS, Segmentation, find_folder, images_in, read_names
+from mdistiller.tasks.detection.listing import (
+    SPLITS,
+    Segmentation,
+    find_folder,
+    images_in,
+    read_names,
+    read_sized,
+)
 from mdistiller.tasks.segmentation.config import SegmentationDataConfig
 from mdistiller.training.dense import DenseDataConfig, DenseSplits, Split, check_apart, check_fraction
 
@@ -93,8 +100,9 @@ class MaskFiles(SegmentationSet):
         return self.images[index]
 
     def read(self, index: int) -> tuple[Image.Image, Mask]:
-        image, path = read_image(self.images[index], upright=False), self.masks[index]
+        path = self.masks[index]
         values = _read_mask(path)
+        image = read_sized(self.images[index], values.shape[::-1])
         if values.shape != image.size[::-1]:
             raise DataError(
                 f"mask {path} has {values.shape[1]} x {values.shape[0]} pixels; its image has "
