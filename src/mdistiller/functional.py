@@ -26,7 +26,6 @@ from mdistiller.methods.itrd import (
 )
 from mdistiller.methods.kd import kd_loss as kd_loss
 from mdistiller.methods.kdsvd import kdsvd_loss as kdsvd_loss
-from mdistiller.methods.linear import linear_dkd_loss as linear_dkd_loss, linear_kd_loss as linear_kd_loss
 from mdistiller.methods.luminet import luminet_loss as luminet_loss
 from mdistiller.methods.mlkd import mlkd_loss as mlkd_loss
 from mdistiller.methods.nd import nd_loss as nd_loss
