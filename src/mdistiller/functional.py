@@ -17,7 +17,7 @@ from mdistiller.methods.cwd import cwd_loss as cwd_loss
 from mdistiller.methods.deepkd import deepkd_loss as deepkd_loss
 from mdistiller.methods.deit import deit_loss as deit_loss
 from mdistiller.methods.dist import dist_loss as dist_loss
-from mdistiller.methods.dkd import dkd_loss as dkd_loss, nckd_loss as nckd_loss, tckd_loss as tckd_loss
+from mdistiller.methods.dkd import dkd_loss as dkd_loss
 from mdistiller.methods.gdkd import gdkd_loss as gdkd_loss
 from mdistiller.methods.ikl import ikl_loss as ikl_loss
 from mdistiller.methods.itrd import (
