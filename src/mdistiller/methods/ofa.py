@@ -10,15 +10,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import (
-    STAGES,
-    Card,
-    Example,
-    Losses,
-    Method,
-    MethodConfig,
-    Needs,
-)
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Method, MethodConfig, Needs
 from mdistiller.methods.class_means import class_shares
 from mdistiller.methods.features import spread, stages, to_map
 from mdistiller.methods.kd import (
