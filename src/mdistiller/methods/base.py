@@ -181,6 +181,7 @@ class Method(nn.Module, Generic[ConfigT]):
             progress=self.needs.progress or self.warmup > 0,
             norm_per_view=getattr(config, "norm_per_view", self.needs.norm_per_view),
         )
+        self.only_labeled = data is not None and data.only_labeled
         labels = None if data is None else data.labels
         self.has_unlabeled = labels is not None and bool((labels == IGNORED).any())
         """Whether a training image is without a class."""
@@ -225,12 +226,6 @@ class LogitMethod(Method[ConfigT]):
 
     needs = Needs(every_label=False)
 
-    def __init__(
-        self, config: ConfigT, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
-        super().__init__(config, student, teacher, data)
-        self._only_labeled = data.only_labeled
-
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Computes the weighted distillation losses [B] of every sample by name, without warm-up."""
         raise NotImplementedError
@@ -239,7 +234,7 @@ class LogitMethod(Method[ConfigT]):
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
         weight = ramp(progress, self.warmup)
         label, absent, count = batch.label, None, None
-        if self._only_labeled or (self.needs.labels and self.has_unlabeled):
+        if self.only_labeled or (self.needs.labels and self.has_unlabeled):
             count = count_labeled(label).clamp(min=1)
             if not label.is_floating_point():  # of soft labels, a row of zeros gives no loss
                 absent = label == IGNORED

@@ -56,6 +56,8 @@ class FeatureMethod(Method[FeatureConfigT]):
     """Taps of a config without any. `embedding`: `pooled`, or a transformer's last stage."""
     sequences: ClassVar[bool] = False
     """Whether the method takes features without a second axis in space, those of text or sound."""
+    in_pairs: ClassVar[bool] = True
+    """Whether each tap of the student belongs to one of the teacher."""
     needs = Needs(one_class=False, logits=False)
 
     @property
@@ -75,7 +77,7 @@ class FeatureMethod(Method[FeatureConfigT]):
         given = config.student_taps, config.teacher_taps
         defaults = given if all(given) else data.taps or self.default_taps(student, teacher)
         self.student_taps, self.teacher_taps = given[0] or defaults[0], given[1] or defaults[1]
-        if len(self.student_taps) != len(self.teacher_taps):
+        if self.in_pairs and len(self.student_taps) != len(self.teacher_taps):
             raise ConfigError(
                 f"method {self.name!r} compares features in pairs; got student_taps "
                 f"{list(self.student_taps)} and teacher_taps {list(self.teacher_taps)}"
