@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import mdistiller
 from mdistiller.cli.main import COMMANDS, find_command, run
