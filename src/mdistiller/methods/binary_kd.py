@@ -11,7 +11,7 @@ from torch import Tensor
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, Needs, promote
 from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
+    AnyLogits,
     Loss,
     Mask,
     Reduction,
@@ -38,8 +38,8 @@ def _mean(terms: Tensor, absent: Tensor) -> Tensor:
 
 
 def binary_kd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     *,
     temperature: float = 1.0,
     reduction: Reduction = "mean",
@@ -60,9 +60,9 @@ def binary_kd_loss(
 
 
 def multilabel_dkd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
-    target: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
+    target: AnyLogits,
     *,
     alpha: float = 1.0,
     beta: float = 1.0,

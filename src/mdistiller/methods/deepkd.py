@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, Needs, ramp
 from mdistiller.methods.dkd import dkd_samples
 from mdistiller.methods.gdkd import kl_within
-from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
-    Loss,
-    Mask,
-    Reduction,
-    check_class_ids,
-    reduce_samples,
-    soften,
-)
+from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, check_class_ids, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
@@ -42,8 +34,8 @@ def deepkd_samples(
 
 
 def deepkd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     target: Int[Tensor, "*b"],
     *,
     k: int,

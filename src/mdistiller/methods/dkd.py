@@ -30,7 +30,7 @@ from mdistiller.methods.base import (
     promote,
 )
 from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
+    AnyLogits,
     Loss,
     Mask,
     Reduction,
@@ -129,8 +129,8 @@ def dkd_samples(
 
 
 def dkd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     target: Target,
     *,
     alpha: float = 1.0,

@@ -18,7 +18,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Example, LogitMethod, Losses, MethodConfig, exact, promote
 from mdistiller.methods.class_means import ClassMeans, class_shares
 from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
+    AnyLogits,
     Loss,
     Mask,
     Reduction,
@@ -33,9 +33,9 @@ from mdistiller.types import DataInfo
 
 
 def ikl_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
-    weights: LogitsOfAnyShape | None = None,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
+    weights: AnyLogits | None = None,
     *,
     alpha: float = 1.0,
     beta: float = 8.0,

@@ -14,7 +14,7 @@ from mdistiller.methods.base import STAGES, Card, Example, Losses, Method, Metho
 from mdistiller.methods.class_means import class_shares
 from mdistiller.methods.features import spread, stages, to_map
 from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
+    AnyLogits,
     Loss,
     Mask,
     Reduction,
@@ -29,8 +29,8 @@ from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 
 def ofa_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     target: Target,
     *,
     gamma: float = 1.0,

@@ -40,7 +40,7 @@ from mdistiller.methods.features import (
 )
 from mdistiller.methods.fitnet import regressor
 from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
+    AnyLogits,
     Loss,
     Mask,
     Reduction,
@@ -172,8 +172,8 @@ def wkd_l_samples(
 
 
 def wkd_l_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     target: Target,
     distances: Distances,
     *,
