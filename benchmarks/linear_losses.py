@@ -20,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from turns import paired_ratio, serve, take_turns
 
-from mdistiller.functional import dkd_loss, kd_loss, linear_dkd_loss, linear_kd_loss
+from mdistiller.functional import dkd_loss, kd_loss
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from large_vocabulary import linear_dkd_loss, linear_kd_loss
 
 VARIANTS = ("dkd_loss", "linear_dkd_loss", "kd_loss", "linear_kd_loss")
 

@@ -4,16 +4,15 @@
 
 Tokens are the bytes of Python's own help texts. The teacher is trained here for a few steps; a real one comes
 with its weights. The loss of the logits is computed from the last hidden states, in chunks of rows, so that a
-large vocabulary needs little memory.
+large vocabulary needs little memory (`large_vocabulary.py`).
 """
 
 import tempfile
 from pydoc_data.topics import topics
 
 import torch
+from large_vocabulary import linear_dkd_loss
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-
-from mdistiller.functional import linear_dkd_loss
 
 LENGTH = 64
 PADDING = 256  # after all bytes

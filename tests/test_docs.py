@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import mdistiller
 from mdistiller.cli.main import COMMANDS, find_command, run
@@ -67,8 +66,6 @@ def test_exceptions_have_blocks():
 @pytest.mark.parametrize(("page", "text"), PYTHON, ids=[f"{page}-{i}" for i, (page, _) in enumerate(PYTHON)])
 def test_python_of_the_pages(page, text, tmp_path, monkeypatch, registries):
     """Also what a block prints, where its line has the output as a comment."""
-    if "fsdp" in text and torch.__version__ < "2.7":
-        pytest.skip("torch 2.6 has no FSDP2 on a CPU")
     monkeypatch.chdir(tmp_path)
     module = type(sys)(f"page_{len(text)}")  # a class of the block finds its module by name
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -222,12 +222,11 @@ def test_a_pruned_student(tmp_path, capsys):
     assert pruned["bytes"] < 0.6 * alone["bytes"]
 
 
-def test_a_causal_language_model():
+def test_a_causal_language_model(monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    spec = importlib.util.spec_from_file_location("causal_lm", EXAMPLES / "causal_lm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = load_example("causal_lm")
     losses = module.main(steps=20)
     assert len(losses) == 10
     assert losses[-1] < 0.6 * losses[0]

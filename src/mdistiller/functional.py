@@ -17,7 +17,7 @@ from mdistiller.methods.cwd import cwd_loss as cwd_loss
 from mdistiller.methods.deepkd import deepkd_loss as deepkd_loss
 from mdistiller.methods.deit import deit_loss as deit_loss
 from mdistiller.methods.dist import dist_loss as dist_loss
-from mdistiller.methods.dkd import dkd_loss as dkd_loss, nckd_loss as nckd_loss, tckd_loss as tckd_loss
+from mdistiller.methods.dkd import dkd_loss as dkd_loss
 from mdistiller.methods.gdkd import gdkd_loss as gdkd_loss
 from mdistiller.methods.ikl import ikl_loss as ikl_loss
 from mdistiller.methods.itrd import (
@@ -26,7 +26,6 @@ from mdistiller.methods.itrd import (
 )
 from mdistiller.methods.kd import kd_loss as kd_loss
 from mdistiller.methods.kdsvd import kdsvd_loss as kdsvd_loss
-from mdistiller.methods.linear import linear_dkd_loss as linear_dkd_loss, linear_kd_loss as linear_kd_loss
 from mdistiller.methods.luminet import luminet_loss as luminet_loss
 from mdistiller.methods.mlkd import mlkd_loss as mlkd_loss
 from mdistiller.methods.nd import nd_loss as nd_loss

@@ -101,10 +101,7 @@ def as_rows(
                 f"each of which it predicts one position earlier; got {label.dtype} {list(label.shape)}"
             )
         label = F.pad(label[:, 1:], (0, 1), value=IGNORED)
-    first, last = (
-        (shape[0], *shape[2:]),
-        shape[:-1],
-    )  # of one label each, with the classes after B, or at the end
+    first, last = (shape[0], *shape[2:]), shape[:-1]  # the positions, with the classes after B or at the end
     fits = {1: first, len(shape) - 1: last}
     if label.is_floating_point() and label.shape == shape:
         axis = 1 if len(shape) > 3 else len(shape) - 1

@@ -319,10 +319,8 @@ def _read_parquet(path: Path) -> dict[str, Any]:
         raise MissingPackageError(f"teacher_outputs: {path}", "pyarrow", "parquet") from error
     table = parquet.read_table(path)
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
-    own = {
-        **dict.fromkeys(PATH_COLUMNS, "names"),
-        "output": "logits",
-    }  # as `mdistiller predict --out` has them
+    # As `mdistiller predict --out` names them.
+    own = {**dict.fromkeys(PATH_COLUMNS, "names"), "output": "logits"}
     rows = {own.get(name, name): value for name, value in columns.items()}
     return rows | _read_classes((table.schema.metadata or {}).get(b"classes"))
 

@@ -98,7 +98,7 @@ def test_autocast_does_not_touch_the_maps():
 
 def test_models_without_such_maps_are_refused():
     vit = create_model("timm/vit_tiny_patch16_224", num_classes=4, img_size=32, patch_size=4, depth=1)
-    with pytest.raises(ConfigError, match="VisionTransformer has no such tap"):
+    with pytest.raises(ConfigError, match="VisionTransformer has no tap 'last_map', a feature map"):
         Distiller(create_model("resnet8", num_classes=4), vit, "catkd")
     config = CATKDConfig(student_taps=("stage2",), teacher_taps=("last_map",))
     with pytest.raises(ConfigError, match=r"reads one map \[B, 64, H, W\].*\['stage2'\].*\[2, 32, 16, 16\]"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mdistiller import create_model
+from mdistiller import Distiller, create_model
 from mdistiller.errors import ConfigError
 from mdistiller.functional import kdsvd_loss
 from mdistiller.methods import KDSVD, KDSVDConfig
@@ -132,5 +132,6 @@ def test_the_method_needs_two_stages():
     info = DataInfo((3, 32, 32))
     assert KDSVD(KDSVDConfig(), student, teacher, info).student_taps == ("stage1", "stage2", "stage3")
     config = KDSVDConfig(student_taps=("stage2",), teacher_taps=("stage2",))
-    with pytest.raises(ConfigError, match=r"at least two taps, got \['stage2'\]"):
-        KDSVD(config, student, teacher, info)
+    distiller = Distiller(student, teacher, config)
+    with pytest.raises(ConfigError, match="at least two, got 1"):
+        distiller(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))

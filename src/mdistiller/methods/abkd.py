@@ -10,21 +10,13 @@ from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
-from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
-    Loss,
-    Mask,
-    Reduction,
-    absent_classes,
-    reduce_samples,
-    soften,
-)
+from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, absent_classes, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
 
 def abkd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     *,
     alpha: float = 0.8,
     beta: float = 0.3,

@@ -7,31 +7,9 @@ from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar
-from mdistiller.methods.features import (
-    FeatureConfig,
-    FeatureMethod,
-    Maps,
-    Weight,
-    float_pairs,
-    pool_to_smaller,
-)
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight, map_pairs
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
-
-
-def map_pairs(student_features: list[Tensor], teacher_features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Returns the `float_pairs` of two lists of maps, averaged to the smaller size of both.
-
-    Raises:
-        ConfigError: as `float_pairs`, or features that are no maps.
-    """
-    pairs = float_pairs(student_features, teacher_features)
-    for s, t in pairs:
-        if s.ndim != 4 or t.ndim != 4:
-            raise ConfigError(
-                f"features must be maps [B, C, H, W]; got student {list(s.shape)}, teacher {list(t.shape)}"
-            )
-    return [pool_to_smaller(s, t) for s, t in pairs]
 
 
 def at_loss(student_features: Maps, teacher_features: Maps, *, p: float = 2) -> Scalar:

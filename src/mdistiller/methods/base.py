@@ -1,6 +1,6 @@
 """Base classes of distillation methods and their configs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, NamedTuple
 
@@ -10,7 +10,6 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from torch import Tensor, nn
 from typing_extensions import TypeVar  # with a default
 
-from mdistiller.errors import ConfigError
 from mdistiller.settings import Settings
 from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
@@ -65,15 +64,6 @@ class MethodConfig(Settings):
     @model_serializer(mode="wrap")
     def _with_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         return {"name": self.method_name, **handler(self)}
-
-
-class ViewsConfig(MethodConfig):
-    """Settings of a method that compares a weak and a strong view of each image."""
-
-    norm_per_view: bool = False
-    """Run the student once on each view, as the authors do: its batch norms have the statistics of one view,
-    and their running averages follow both views in turn. Otherwise it runs once on all images. With one view
-    there is no difference."""
 
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -181,6 +171,7 @@ class Method(nn.Module, Generic[ConfigT]):
             progress=self.needs.progress or self.warmup > 0,
             norm_per_view=getattr(config, "norm_per_view", self.needs.norm_per_view),
         )
+        self.only_labeled = data is not None and data.only_labeled
         labels = None if data is None else data.labels
         self.has_unlabeled = labels is not None and bool((labels == IGNORED).any())
         """Whether a training image is without a class."""
@@ -225,12 +216,6 @@ class LogitMethod(Method[ConfigT]):
 
     needs = Needs(every_label=False)
 
-    def __init__(
-        self, config: ConfigT, student: nn.Module, teacher: nn.Module | None, data: DataInfo
-    ) -> None:
-        super().__init__(config, student, teacher, data)
-        self._only_labeled = data.only_labeled
-
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         """Computes the weighted distillation losses [B] of every sample by name, without warm-up."""
         raise NotImplementedError
@@ -239,7 +224,7 @@ class LogitMethod(Method[ConfigT]):
         """Returns the means of `sample_losses`, which grow over `config.warmup` if there is one."""
         weight = ramp(progress, self.warmup)
         label, absent, count = batch.label, None, None
-        if self._only_labeled or (self.needs.labels and self.has_unlabeled):
+        if self.only_labeled or (self.needs.labels and self.has_unlabeled):
             count = count_labeled(label).clamp(min=1)
             if not label.is_floating_point():  # of soft labels, a row of zeros gives no loss
                 absent = label == IGNORED
@@ -254,36 +239,6 @@ class LogitMethod(Method[ConfigT]):
 def count_labeled(label: Tensor) -> Tensor:
     """Counts the images with a class, a 0-d tensor; of soft labels [B, C] it is the sum of all rows."""
     return label.sum() if label.is_floating_point() else (label != IGNORED).sum()
-
-
-def unchanged(logits: Tensor) -> Tensor:
-    """Returns the logits."""
-    return logits
-
-
-class PreparedMethod(Method[ConfigT]):
-    """Base class of methods with divergences of logits beside terms that need the logits themselves.
-
-    A subclass overrides `distillation`. A wrapper (LSKD) gives it a function that prepares logits [N, C],
-    which the method applies only to the logits of its divergences.
-    """
-
-    def distillation(
-        self, student_logits: Tensor, teacher_logits: Tensor, prepare: Callable[[Tensor], Tensor] = unchanged
-    ) -> Losses:
-        """Computes the weighted distillation losses by name."""
-        raise NotImplementedError
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
-        return self.distillation(student.logits, teacher.logits)
-
-
-def split_views(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits [2B, …] into the weak and the strong views; raises a `ConfigError` for an odd number of rows."""
-    if len(x) % 2:
-        raise ConfigError(f"two views of each image make an even batch, weak ones first; got {len(x)}")
-    weak, strong = x.chunk(2)
-    return weak, strong
 
 
 def promote(x: Tensor) -> Tensor:

@@ -9,16 +9,8 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote
-from mdistiller.methods.features import (
-    FeatureConfig,
-    FeatureMethod,
-    TapPair,
-    Weight,
-    check_channels,
-    classifier,
-)
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Weight, check_channels, classifier
 from mdistiller.methods.registry import register_method
-from mdistiller.models.external import tap_points
 from mdistiller.types import Batch, DataInfo, Outputs
 
 
@@ -74,6 +66,7 @@ class CATKD(FeatureMethod[CATKDConfig]):
         "Where a class appears matters; both models have class activation maps",
         example=Example(("last_map",), ("last_map",)),
     )
+    taps_by_default = "last_map"
     needs = replace(FeatureMethod.needs, classifier=True, logits=True)
 
     def __init__(self, config: CATKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
@@ -90,15 +83,6 @@ class CATKD(FeatureMethod[CATKDConfig]):
                     f"method 'catkd' reads one map [B, {head.in_features}, H, W], the classifier's input "
                     f"before pooling; {list(name)} has the shapes {[list(s) for s in shapes]}"
                 )
-
-    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
-        for model in (student, teacher):
-            if "last_map" not in tap_points(model):
-                raise ConfigError(
-                    "method 'catkd' needs a feature map whose mean over space feeds the classifier; "
-                    f"{type(model).__name__} has no such tap ('last_map')"
-                )
-        return ("last_map",), ("last_map",)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config

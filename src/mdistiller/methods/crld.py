@@ -5,20 +5,10 @@ from collections.abc import Callable
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import (
-    Card,
-    Logits,
-    Losses,
-    Needs,
-    PreparedMethod,
-    Scalar,
-    ViewsConfig,
-    promote,
-    split_views,
-    unchanged,
-)
+from mdistiller.methods.base import Card, Logits, Losses, Needs, Scalar, promote
 from mdistiller.methods.kd import kd_samples
 from mdistiller.methods.registry import register_method
+from mdistiller.methods.views import PreparedMethod, ViewsConfig, split_views, unchanged
 
 
 def _crld(

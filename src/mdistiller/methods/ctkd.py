@@ -17,16 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import (
-    Card,
-    Example,
-    LogitMethod,
-    Losses,
-    Method,
-    exact,
-    promote,
-    ramp,
-)
+from mdistiller.methods.base import Card, Example, LogitMethod, Losses, Method, exact, promote, ramp
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe

@@ -30,7 +30,7 @@ from mdistiller.methods.base import (
     promote,
 )
 from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
+    AnyLogits,
     Loss,
     Mask,
     Reduction,
@@ -129,8 +129,8 @@ def dkd_samples(
 
 
 def dkd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     target: Target,
     *,
     alpha: float = 1.0,
@@ -145,7 +145,7 @@ def dkd_loss(
     A soft label stands for its classes in expectation: the loss is $\sum_c y_c\,\mathrm{DKD}_c$, as
     cross-entropy is, so one-hot labels give the same loss as class ids. A class whose logit is −∞ in both
     models (masked or padded) has no part in the sum. The loss and its gradient are finite for finite logits
-    up to at least ±1e4.
+    up to at least ±1e4. With β = 0 or α = 0 it is TCKD or NCKD alone; NCKD is zero for two classes.
 
     Args:
         student_logits: [..., C]; the mean is over all leading positions.
@@ -178,47 +178,6 @@ def dkd_loss(
         return alpha * tckd + beta * nckd
 
     return reduce_samples(samples, student_logits, teacher_logits, target, reduction, ignore_index, mask)
-
-
-def tckd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
-    target: Target,
-    *,
-    temperature: float = 4.0,
-    reduction: Reduction = "mean",
-    ignore_index: int = IGNORED,
-    mask: Mask | None = None,
-) -> Loss:
-    r"""Computes target-class KD, the divergence of the two-way probabilities 'target' and 'all others'.
-
-    $$\frac{T^2}{B} \sum_b \mathrm{KL}\big((p^T_t, 1 - p^T_t) \,\|\, (p^S_t, 1 - p^S_t)\big)$$
-
-    Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
-    """
-    given = student_logits, teacher_logits, target, reduction, ignore_index, mask
-    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[0], *given)
-
-
-def nckd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
-    target: Target,
-    *,
-    temperature: float = 4.0,
-    reduction: Reduction = "mean",
-    ignore_index: int = IGNORED,
-    mask: Mask | None = None,
-) -> Loss:
-    r"""Computes non-target-class KD, the divergence among all classes but the target.
-
-    $$\frac{T^2}{B} \sum_b \mathrm{KL}\big(\hat p^T \,\|\, \hat p^S\big), \quad
-    \hat p_i = p_i / \textstyle\sum_{j \ne t} p_j,\; i \ne t$$
-
-    Zero for two classes. Arguments, soft labels, errors and source: as `dkd_loss`, without the weights.
-    """
-    given = student_logits, teacher_logits, target, reduction, ignore_index, mask
-    return reduce_samples(lambda s, t, y: dkd_samples(s, t, y, temperature)[1], *given)
 
 
 class DKDConfig(MethodConfig):

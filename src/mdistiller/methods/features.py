@@ -52,10 +52,12 @@ class FeatureMethod(Method[FeatureConfigT]):
     """
 
     Config = FeatureConfig
-    taps_by_default: ClassVar[Literal["stages", "last stage", "embedding", "pooled"]] = "stages"
+    taps_by_default: ClassVar[Literal["stages", "last stage", "last_map", "embedding", "pooled"]] = "stages"
     """Taps of a config without any. `embedding`: `pooled`, or a transformer's last stage."""
     sequences: ClassVar[bool] = False
     """Whether the method takes features without a second axis in space, those of text or sound."""
+    in_pairs: ClassVar[bool] = True
+    """Whether each tap of the student belongs to one of the teacher."""
     needs = Needs(one_class=False, logits=False)
 
     @property
@@ -75,7 +77,7 @@ class FeatureMethod(Method[FeatureConfigT]):
         given = config.student_taps, config.teacher_taps
         defaults = given if all(given) else data.taps or self.default_taps(student, teacher)
         self.student_taps, self.teacher_taps = given[0] or defaults[0], given[1] or defaults[1]
-        if len(self.student_taps) != len(self.teacher_taps):
+        if self.in_pairs and len(self.student_taps) != len(self.teacher_taps):
             raise ConfigError(
                 f"method {self.name!r} compares features in pairs; got student_taps "
                 f"{list(self.student_taps)} and teacher_taps {list(self.teacher_taps)}"
@@ -101,6 +103,10 @@ class FeatureMethod(Method[FeatureConfigT]):
         """Returns the taps of a config without any; stages of both models are matched."""
         if self.taps_by_default == "pooled":
             return ("pooled",), ("pooled",)
+        if self.taps_by_default == "last_map":
+            for model in (student, teacher):
+                check_last_map(model)
+            return ("last_map",), ("last_map",)
         if self.taps_by_default == "embedding":
             return embedding_tap(student), embedding_tap(teacher)
         first, second = match_stages(student, teacher)
@@ -266,16 +272,17 @@ def probe_as(model: nn.Module, name: str, kind: Literal["map", "vector"], data: 
     return outputs
 
 
-def last_map(model: nn.Module, data: DataInfo) -> tuple[int, int, int]:
-    """Returns the shape (D, H, W) of the tap `last_map`, whose mean over space the classifier reads.
-
-    Raises:
-        ConfigError: the model has no such map (a vision transformer, for example).
-    """
+def check_last_map(model: nn.Module) -> None:
+    """Raises a ConfigError for a model without the tap `last_map`, such as a vision transformer."""
     if "last_map" not in tap_points(model):
         raise ConfigError(
             f"{type(model).__name__} has no tap 'last_map', a feature map whose mean feeds the classifier"
         )
+
+
+def last_map(model: nn.Module, data: DataInfo) -> tuple[int, int, int]:
+    """Returns the shape (D, H, W) of the tap `last_map`; errors as `check_last_map`."""
+    check_last_map(model)
     shape = probe_as(model, "last_map", "map", data).features["last_map"].shape
     assert shape[1] == classifier(model).in_features
     return shape[1], shape[2], shape[3]
@@ -301,3 +308,18 @@ def float_pairs(
                 f"features of different batch sizes: student {list(s.shape)}, teacher {list(t.shape)}"
             )
     return [(promote(s), promote(t)) for s, t in pairs]
+
+
+def map_pairs(student_features: list[Tensor], teacher_features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Returns the `float_pairs` of two lists of maps, averaged to the smaller size of both.
+
+    Raises:
+        ConfigError: as `float_pairs`, or features that are no maps.
+    """
+    pairs = float_pairs(student_features, teacher_features)
+    for s, t in pairs:
+        if s.ndim != 4 or t.ndim != 4:
+            raise ConfigError(
+                f"features must be maps [B, C, H, W]; got student {list(s.shape)}, teacher {list(t.shape)}"
+            )
+    return [pool_to_smaller(s, t) for s, t in pairs]

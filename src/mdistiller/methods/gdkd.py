@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
-from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, reduce_samples, soften
+from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
 
@@ -39,8 +39,8 @@ def log_masses(logits: Tensor, members: Tensor) -> Tensor:
 
 
 def gdkd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     *,
     w0: float = 1.0,
     w1: float = 1.0,

@@ -13,7 +13,7 @@ from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.types import IGNORED
 
-LogitsOfAnyShape = Float[Tensor, "*b c"]
+AnyLogits = Float[Tensor, "*b c"]
 """Logits [..., C], C ≥ 2; the teacher's are detached, else a loss has a gradient for the teacher too."""
 Target = Int[Tensor, "*b"] | Float[Tensor, "*b c"]
 Mask = Bool[Tensor, "*b"]
@@ -144,8 +144,8 @@ def ignored_rows(mask: Tensor, leading: Sequence[int]) -> Tensor:
 
 
 def kd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     target: Target | None = None,
     *,
     temperature: float = 4.0,

@@ -5,14 +5,13 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.at import map_pairs
 from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar, exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight, map_pairs
 from mdistiller.methods.registry import register_method
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.types import Batch, Outputs
 
 # Number of additional student vectors among which the match of a teacher's vector is sought.
 _MORE = 3
@@ -124,14 +123,6 @@ class KDSVD(FeatureMethod[KDSVDConfig]):
         "A baseline that older papers report: compares changes between stages",
         example=Example(STAGES, STAGES),
     )
-
-    def __init__(self, config: KDSVDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
-        super().__init__(config, student, teacher, data)
-        if len(self.student_taps) < 2:
-            raise ConfigError(
-                "kdsvd relates each stage to the one before: it needs at least two taps, got "
-                f"{list(self.student_taps)}"
-            )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         loss = kdsvd_loss(*self.read(student, teacher, batch.image), k=self.config.k)

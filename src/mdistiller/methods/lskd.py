@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Card, Example, Logits, Losses, Needs, PreparedMethod, promote
+from mdistiller.methods.base import Card, Example, Logits, Losses, Needs, promote
 from mdistiller.methods.compose import Wrapper, WrapperConfig, get_method, method_config
 from mdistiller.methods.registry import register_method
+from mdistiller.methods.views import PreparedMethod
 from mdistiller.types import Batch, Outputs
 
 _EPS = 1e-7

@@ -26,22 +26,14 @@ from mdistiller.types import Batch, Outputs
 _EPS = 1e-5
 
 
-def perception(logits: Logits) -> Logits:
-    r"""Standardizes each class over the batch: $(z - \mu_c) / \sqrt{\sigma_c^2 + 10^{-5}}$.
-
-    The variance has the divisor B; the result is in at least float32. Source: Hossain et al. 2023, section 3.
-    """
-    return standardize(promote(logits), _EPS)
-
-
 def luminet_loss(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 4.0) -> Scalar:
     r"""Computes the KL divergence of the student's from the teacher's softened perceptions.
 
     $$\frac1B \sum_b \mathrm{KL}\big(\sigma(h^T_b / T) \,\|\, \sigma(h^S_b / T)\big), \quad
     h_{bc} = \frac{z_{bc} - \mu_c}{\sqrt{\sigma_c^2 + 10^{-5}}}$$
 
-    with mean and variance of each class over the batch, without a factor T². Zero for one sample. Logits are
-    [B, C], because a sample's loss depends on the others of the batch.
+    with mean and variance (divisor B) of each class over the batch, without a factor T². Zero for one sample.
+    Logits are [B, C], because a sample's loss depends on the others of the batch.
 
     Raises:
         ConfigError: as `kd_loss`.
@@ -49,7 +41,8 @@ def luminet_loss(student_logits: Logits, teacher_logits: Logits, *, temperature:
     Source: Hossain et al. 2023, section 3; equals the authors' code.
     """
     check_logits(student_logits, teacher_logits)
-    losses = kd_samples(perception(student_logits), perception(teacher_logits), temperature)
+    student, teacher = (standardize(promote(x), _EPS) for x in (student_logits, teacher_logits))
+    losses = kd_samples(student, teacher, temperature)
     return losses.mean() / temperature**2
 
 

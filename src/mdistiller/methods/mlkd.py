@@ -8,22 +8,11 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import (
-    Card,
-    Example,
-    Logits,
-    Losses,
-    PreparedMethod,
-    Scalar,
-    ViewsConfig,
-    exact,
-    promote,
-    split_views,
-    unchanged,
-)
+from mdistiller.methods.base import Card, Example, Logits, Losses, Scalar, exact, promote
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_samples, soften
 from mdistiller.methods.registry import register_method
+from mdistiller.methods.views import PreparedMethod, ViewsConfig, split_views, unchanged
 from mdistiller.types import DataInfo
 
 

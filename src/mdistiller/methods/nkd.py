@@ -14,7 +14,7 @@ from torch import Tensor
 from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, Needs, promote
 from mdistiller.methods.dkd import dkd_samples
 from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
+    AnyLogits,
     Loss,
     Mask,
     Reduction,
@@ -28,8 +28,8 @@ from mdistiller.types import IGNORED
 
 
 def nkd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     target: Target,
     *,
     gamma: float = 3.5,

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
-from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, kd_samples, reduce_samples, soften
+from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, kd_samples, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
 
@@ -24,8 +24,8 @@ def _standardize(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normkd_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     *,
     temperature: float = 2.0,
     reduction: Reduction = "mean",

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.methods.at import map_pairs
 from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar, exact
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight, map_pairs
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 

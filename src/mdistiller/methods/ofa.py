@@ -10,19 +10,11 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import (
-    STAGES,
-    Card,
-    Example,
-    Losses,
-    Method,
-    MethodConfig,
-    Needs,
-)
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Method, MethodConfig, Needs
 from mdistiller.methods.class_means import class_shares
 from mdistiller.methods.features import spread, stages, to_map
 from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
+    AnyLogits,
     Loss,
     Mask,
     Reduction,
@@ -37,8 +29,8 @@ from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 
 def ofa_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     target: Target,
     *,
     gamma: float = 1.0,

@@ -10,22 +10,14 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, Needs
-from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
-    Loss,
-    Mask,
-    Reduction,
-    check_class_ids,
-    reduce_samples,
-    soften,
-)
+from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, check_class_ids, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 from mdistiller.types import IGNORED
 
 
 def pld_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     target: Int[Tensor, "*b"],
     *,
     temperature: float = 1.0,

@@ -15,22 +15,14 @@ from torch import Tensor
 
 from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, Needs
 from mdistiller.methods.gdkd import kl_within, log_masses
-from mdistiller.methods.kd import (
-    LogitsOfAnyShape,
-    Loss,
-    Mask,
-    Reduction,
-    check_class_ids,
-    reduce_samples,
-    soften,
-)
+from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, check_class_ids, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 from mdistiller.types import IGNORED
 
 
 def rld_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     target: Int[Tensor, "*b"],
     *,
     alpha: float = 1.0,

@@ -12,17 +12,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import (
-    Card,
-    Example,
-    LogitMethod,
-    Losses,
-    Method,
-    Needs,
-    exact,
-    promote,
-    ramp,
-)
+from mdistiller.methods.base import Card, Example, LogitMethod, Losses, Method, Needs, exact, promote, ramp
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.features import classifier, last_map
 from mdistiller.methods.registry import register_method

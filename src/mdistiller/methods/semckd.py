@@ -7,13 +7,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import STAGES, Card, Example, Losses, Method, Scalar, exact, promote, unit
-from mdistiller.methods.features import FeatureConfig, check_shapes, pool_to_smaller, spread, stages, to_map
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Needs, Scalar, exact, promote, unit
+from mdistiller.methods.features import (
+    FeatureConfig,
+    FeatureMethod,
+    TapPair,
+    check_shapes,
+    pool_to_smaller,
+    spread,
+    stages,
+)
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_loss
 from mdistiller.methods.registry import register_method
-from mdistiller.models.layouts import Layout
-from mdistiller.taps import probe, tap_layouts
 from mdistiller.types import Batch, DataInfo, Outputs
 
 # Each pair of layers costs three convolutions, and a transformer has one stage per block.
@@ -75,7 +81,7 @@ def _align(inputs: int, outputs: int) -> nn.Sequential:
 
 
 @register_method("semckd")
-class SemCKD(Method[SemCKDConfig]):
+class SemCKD(FeatureMethod[SemCKDConfig]):
     """Matches every layer of the student with all layers of the teacher through a learned attention.
 
     The attention, one per sample, is computed from the similarities among the samples of the batch in each
@@ -84,6 +90,8 @@ class SemCKD(Method[SemCKDConfig]):
     """
 
     Config = SemCKDConfig
+    in_pairs = False
+    needs = Needs()
     card = Card(
         "Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021",
         "You do not know which layers match: attention decides, at the cost of memory and time",
@@ -98,19 +106,19 @@ class SemCKD(Method[SemCKDConfig]):
                 "Distiller(…, batch_size=64), or DataInfo(…, batch_size=64)"
             )
         self.batch_size = data.batch_size
-        self.student_taps = config.student_taps or spread(stages(student), _MOST_LAYERS)
-        self.teacher_taps = config.teacher_taps or spread(stages(teacher), _MOST_LAYERS)
         self.queries = nn.ModuleList(_Embed(data.batch_size) for _ in self.student_taps)
         self.keys = nn.ModuleList(_Embed(data.batch_size) for _ in self.teacher_taps)
-        both = (student, self.student_taps), (teacher, self.teacher_taps)
-        features = [probe(model, names, data).features for model, names in both]
-        self.layouts = [tap_layouts(model, x, data) for (model, _), x in zip(both, features, strict=True)]
-        students, teachers = (
-            _maps(x, layouts, data.input_shape) for x, layouts in zip(features, self.layouts, strict=True)
-        )
+        taps, shapes = self.student_taps + self.teacher_taps, self.student_shapes + self.teacher_shapes
+        for name, shape in zip(taps, shapes, strict=True):
+            if len(shape) != 4:
+                raise ConfigError(f"method 'semckd' reads maps [B, C, H, W]; {name!r} is {list(shape)}")
         self.aligners = nn.ModuleList(
-            nn.ModuleList(_align(s.shape[1], t.shape[1]) for t in teachers) for s in students
+            nn.ModuleList(_align(s[1], t[1]) for t in self.teacher_shapes) for s in self.student_shapes
         )
+
+    def default_taps(self, student: nn.Module, teacher: nn.Module) -> TapPair:
+        """Returns at most five of the stages of each."""
+        return spread(stages(student), _MOST_LAYERS), spread(stages(teacher), _MOST_LAYERS)
 
     def similarities(self, feature: Tensor) -> Tensor:
         """Returns inner products among the samples of all processes, [n, batch_size], padded with zeros."""
@@ -138,20 +146,10 @@ class SemCKD(Method[SemCKDConfig]):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config
-        found = zip((student, teacher), self.layouts, strict=True)
-        s, t = (_maps(outputs.features, layouts, batch.image) for outputs, layouts in found)
+        s, t = self.read(student, teacher, batch.image)
         loss = semckd_loss(gather(self.distances(s, t)), self.attention(s, t))
         kd = kd_loss(student.logits, teacher.logits, temperature=c.temperature)
         return {"kd": c.kd_weight * kd, "semckd": c.weight * loss}
-
-
-def _maps(features: dict[str, Tensor], layouts: dict[str, Layout], inputs: object) -> list[Tensor]:
-    for name, layout in layouts.items():
-        if not layout.is_spatial:
-            raise ConfigError(
-                f"method 'semckd' reads maps; tap {name!r} is a {layout.kind} {list(features[name].shape)}"
-            )
-    return [to_map(features[name], layout, inputs) for name, layout in layouts.items()]
 
 
 def _distance(align: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:

@@ -54,7 +54,6 @@ class ReusedClassifier(nn.Module):
         num_classes: classes of the classifier.
         factor: the projector's inner convolutions have feature_dim // factor channels.
         size: (H, W) to which the student's map is averaged before the projector; None keeps its size.
-        bias: whether the classifier has a bias.
 
     Raises:
         ConfigError: a factor above feature_dim, or a student without the tap or a linear classifier.
@@ -68,7 +67,6 @@ class ReusedClassifier(nn.Module):
         *,
         factor: int = 2,
         size: tuple[int, int] | None = None,
-        bias: bool = True,
     ) -> None:
         super().__init__()
         width = feature_dim // factor
@@ -87,7 +85,7 @@ class ReusedClassifier(nn.Module):
             *_convolution(width, width, 3),
             *_convolution(width, feature_dim, 1),
         )
-        self.classifier = nn.Linear(feature_dim, num_classes, bias=bias).requires_grad_(False)
+        self.classifier = nn.Linear(feature_dim, num_classes).requires_grad_(False)
         inner = {name: f"student.{path}" for name, path in paths.items()}
         self.tap_points = inner | {"last_map": "projector", "pooled": "classifier:input"}
 
@@ -98,7 +96,7 @@ class ReusedClassifier(nn.Module):
         return self.classifier(self.projector(feature).mean((2, 3)))
 
     def get_extra_state(self) -> Tensor:
-        """Returns `size` as int64 [2], zeros for None, so that the state dict suffices for `rebuild`."""
+        """Returns `size` as int64 [2], zeros for None, so that a file of weights has it."""
         return torch.tensor(self.size or (0, 0))
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -109,27 +107,6 @@ class ReusedClassifier(nn.Module):
 def _convolution(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-
-def rebuild(student: nn.Module, state: dict[str, Tensor]) -> ReusedClassifier:
-    """Builds the student of SimKD from its state dict, without a teacher.
-
-    Example::
-
-        student = mdistiller.create_model("resnet8x4", num_classes=100)  # is copied
-        model = rebuild(student, safetensors.torch.load_file("RUN/student.safetensors"))
-
-    Raises:
-        ConfigError: the state dict is not that of a `ReusedClassifier`.
-    """
-    keys = ("projector.0.weight", "classifier.weight", "_extra_state")
-    if missing := [key for key in keys if key not in state]:
-        raise ConfigError(f"not a student of 'simkd': its state dict lacks {', '.join(missing)}")
-    num_classes, feature_dim = state["classifier.weight"].shape
-    factor, bias = feature_dim // len(state["projector.0.weight"]), "classifier.bias" in state
-    model = ReusedClassifier(student, feature_dim, num_classes, factor=factor, bias=bias)
-    model.load_state_dict(state)
-    return model
 
 
 class SimKDConfig(MethodConfig):

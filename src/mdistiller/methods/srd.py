@@ -9,13 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.methods.base import Card, Example, Losses, Scalar, promote, standardize
-from mdistiller.methods.features import (
-    FeatureConfig,
-    FeatureMethod,
-    Vectors,
-    Weight,
-    check_shapes,
-)
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, Weight, check_shapes
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
-from mdistiller.methods.kd import LogitsOfAnyShape, Loss, Mask, Reduction, divergence, reduce_samples, soften
+from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, divergence, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
 
@@ -24,8 +24,8 @@ def ttm_samples(student_logits: Tensor, teacher_logits: Tensor, gamma: float) ->
 
 
 def ttm_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     *,
     gamma: float = 0.1,
     reduction: Reduction = "mean",
@@ -47,8 +47,8 @@ def ttm_loss(
 
 
 def wttm_loss(
-    student_logits: LogitsOfAnyShape,
-    teacher_logits: LogitsOfAnyShape,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     *,
     gamma: float = 0.2,
     reduction: Reduction = "mean",

@@ -10,13 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from mdistiller.methods.base import Card, Example, Losses, Scalar, promote
-from mdistiller.methods.features import (
-    FeatureConfig,
-    FeatureMethod,
-    Vectors,
-    Weight,
-    check_shapes,
-)
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, Weight, check_shapes
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
 

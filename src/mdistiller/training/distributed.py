@@ -52,11 +52,6 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        """Waits until every process is here."""
-        if self.size > 1:
-            dist.barrier()
-
     def share_buffers(self, module: nn.Module) -> None:
         """Copies the main process's buffers to every process: batch-norm statistics differ between them."""
         if self.size > 1:

@@ -27,15 +27,7 @@ from mdistiller.models.own_input import own_inputs, without_own_input
 from mdistiller.models.registry import model_function
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.teacher import Teacher
-from mdistiller.training.row_store import (
-    LARGEST,
-    Format,
-    Numbers,
-    RowFormat,
-    RowStore,
-    Values,
-    row_format,
-)
+from mdistiller.training.row_store import LARGEST, Format, Numbers, RowFormat, RowStore, Values, row_format
 from mdistiller.types import Line
 
 LOGITS = "logits"

@@ -334,7 +334,7 @@ class Trainer:
             ConfigError: the state is from within an epoch of another number of processes, or the teacher's
                 weights or the data have changed.
         """
-        stored, own = ((text or "").split("+") for text in (state.get("teacher", self.teacher), self.teacher))
+        stored, own = ((text or "").split("+") for text in (state["teacher"], self.teacher))
         if stored != own:
             wrong = next((i for i, (a, b) in enumerate(zip(stored, own, strict=False), 1) if a != b), 1)
             raise ConfigError(
@@ -342,7 +342,7 @@ class Trainer:
                 "which this run was started; put the old checkpoint "
                 "back, or start another run"
             )
-        before = state.get("data", {})
+        before = state["data"]
         if changed := [name for name in before if before[name] != self.data.get(name, before[name])]:
             raise ConfigError(
                 f"data: {' and '.join(changed)} are not those with which this run was started; put the old "
@@ -350,9 +350,7 @@ class Trainer:
             )
         self.update.load_state_dict(state)
         for name in self._COUNTERS:
-            setattr(self, name, state.get(name, getattr(self, name)))  # older states lack some
-        if "improved" not in state:
-            self.improved = self.best.get("epoch", 0)
+            setattr(self, name, state[name])
         if "ranks" in state:
             if len(state["ranks"]) != self.world.size:
                 raise ConfigError(

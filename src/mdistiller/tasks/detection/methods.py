@@ -69,6 +69,8 @@ def why_not(method: type[Method]) -> str | None:
         return None
     if not issubclass(method, FeatureMethod):
         return "it is neither a LogitMethod nor a FeatureMethod"
+    if not method.in_pairs:
+        return "its taps are no pairs, as the levels of two detectors are"
     example = own_example(method)
     taps = example.student_taps if example is not None else ()
     reads_pooled = method.taps_by_default in ("pooled", "embedding")

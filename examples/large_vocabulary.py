@@ -1,5 +1,9 @@
 r"""Losses of large vocabularies, from hidden states and the weights of the last linear layer.
 
+    from large_vocabulary import linear_dkd_loss, linear_kd_loss
+
+Copy this file beside your own code; `causal_lm.py` trains with it.
+
 Logits of 512 tokens and 151,936 words take 311 MB in float32, and a loss keeps several tensors of that size
 for its gradient. Here, rows are worked off in chunks: the logits of a chunk, its losses, and at once its part
 of the gradients for hidden states and weights, from formulas. No tensor of all logits ever exists.
@@ -12,19 +16,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Scalar
-from mdistiller.methods.kd import Mask, divergence as kl_terms, ignored_rows
-from mdistiller.types import IGNORED
 
-Hidden = Float[Tensor, "*b _"]
-"""Hidden states [..., D], the input of the last linear layer."""
-Weights = Float[Tensor, "v _"]
-"""Weights [V, D] of the last linear layer."""
-Biases = Float[Tensor, " v"]
 Linear = tuple[Tensor, Tensor, Tensor | None]
 """Hidden states [..., D], weights [V, D] and biases [V] of a model."""
 Divergence = Literal["kl", "reverse_kl", "js"]
@@ -34,6 +29,12 @@ None. It returns the losses [n] and their gradients for the student's softened l
 
 _LOW = -1e30  # a logit whose probability is 0; unlike −∞, its differences are finite
 _CHUNK = 1 << 23  # logits of a chunk, 32 MB in float32
+
+
+def _terms(teacher: Tensor, student: Tensor) -> Tensor:
+    """Returns the terms p (log p − log q) of KL(p ‖ q) from log-probabilities; a term with p = 0 is zero."""
+    absent = teacher == float("-inf")
+    return teacher.exp() * (teacher.masked_fill(absent, 0.0) - student.masked_fill(absent, 0.0))
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def _dkd(
     assert target is not None, "linear_dkd_loss has a target"
     column = target[:, None]
     (q_in, q_out), (p_in, p_out) = _split(student, column), _split(teacher, column)
-    tckd = kl_terms(p_in, q_in) + kl_terms(p_out, q_out)
+    tckd = _terms(p_in, q_in) + _terms(p_out, q_out)
     p = teacher.exp()
     nckd = _expect(p, teacher.sub_(student))
     # The difference of two numbers near 1 is that of their complements, without the rounding.
@@ -182,9 +183,9 @@ def _reduce(
     chunk_size: int | None,
 ) -> Tensor:
     """Checks the arguments of a loss and computes it; `student` and `teacher` are hidden, weight and bias."""
-    _check(student, teacher, target, temperature, reduction, chunk_size)
-    (hidden, weight, bias), leading = student, student[0].shape[:-1]
-    keep = None if mask is None else ~ignored_rows(mask, leading)
+    _check(student, teacher, target, mask, temperature, reduction, chunk_size)
+    hidden, weight, bias = student
+    keep = None if mask is None else mask.reshape(-1)
     if target is not None:
         target = target.reshape(-1)
         labeled = target != ignore_index
@@ -218,6 +219,7 @@ def _check(
     student: Linear,
     teacher: Linear,
     target: Tensor | None,
+    mask: Tensor | None,
     temperature: float,
     reduction: str,
     chunk: int | None,
@@ -238,6 +240,8 @@ def _check(
         raise ConfigError(
             f"target must be class ids int64 {leading}; got {target.dtype} {list(target.shape)}"
         )
+    if mask is not None and (mask.dtype != torch.bool or list(mask.shape) != leading):
+        raise ConfigError(f"mask must be bool {leading}; got {mask.dtype} {list(mask.shape)}")
     if not temperature > 0:
         raise ConfigError(f"temperature must be positive; got {temperature}")
     if reduction not in ("mean", "sum"):
@@ -250,21 +254,21 @@ def _check(
 
 
 def linear_kd_loss(
-    student_hidden: Hidden,
-    student_weight: Weights,
-    teacher_hidden: Hidden,
-    teacher_weight: Weights,
-    target: Int[Tensor, "*b"] | None = None,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    target: Tensor | None = None,
     *,
-    student_bias: Biases | None = None,
-    teacher_bias: Biases | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     divergence: Divergence = "kl",
     temperature: float = 4.0,
     reduction: Literal["mean", "sum"] = "mean",
-    ignore_index: int = IGNORED,
-    mask: Mask | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
     chunk_size: int | None = None,
-) -> Scalar:
+) -> Tensor:
     r"""Computes a divergence of class probabilities, times T², without a tensor of all logits.
 
     With the teacher's p and the student's q at temperature T: `kl` is $\mathrm{KL}(p \| q)$ and equals
@@ -310,22 +314,22 @@ def linear_kd_loss(
 
 
 def linear_dkd_loss(
-    student_hidden: Hidden,
-    student_weight: Weights,
-    teacher_hidden: Hidden,
-    teacher_weight: Weights,
-    target: Int[Tensor, "*b"],
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    target: Tensor,
     *,
-    student_bias: Biases | None = None,
-    teacher_bias: Biases | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
     reduction: Literal["mean", "sum"] = "mean",
-    ignore_index: int = IGNORED,
-    mask: Mask | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
     chunk_size: int | None = None,
-) -> Scalar:
+) -> Tensor:
     """Computes decoupled KD without a tensor of all logits; it equals `dkd_loss` of the logits.
 
     `target` is class ids int64 [...], α and β are as in `dkd_loss`. All else, errors too, is as in
