@@ -1,4 +1,4 @@
-"""Token losses against numpy, and heads between CNNs and transformers."""
+"""Token losses against numpy, PHI-S against its definition, and heads between CNNs and transformers."""
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import mdistiller
 from mdistiller.errors import ConfigError
 from mdistiller.functional import tokens_loss
 from mdistiller.methods import get_method
+from mdistiller.methods.tokens import PhiS, hadamard, phi_s
 from mdistiller.models import create_model
 from mdistiller.types import Batch, DataInfo, Outputs
 
@@ -55,6 +56,36 @@ def test_wrong_arguments():
     taps = {"student_taps": ("stage3",), "teacher_taps": ("pooled",)}
     with pytest.raises(ConfigError, match="maps with maps and vectors with vectors"):
         build(create_model("resnet8"), create_model("resnet8"), **taps)
+    with pytest.raises(ConfigError, match=r"standardize.*allowed otherwise: false"):
+        build(create_model("resnet8"), create_model("resnet8"), standardize=True)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 12, 20, 44, 48, 72, 192, 384, 768, 1024, 1152, 1280, 1408])
+def test_hadamard_matrices_have_orthogonal_rows_of_ones(width):
+    found = hadamard(width)
+    assert set(found.unique().tolist()) <= {-1.0, 1.0}
+    assert torch.equal(found @ found.T, width * torch.eye(width, dtype=torch.float64))
+
+
+def test_widths_without_a_hadamard_matrix_are_refused():
+    assert hadamard(7) is hadamard(6) is None
+    with pytest.raises(ConfigError, match=r"6 dimensions.*allowed: false"):
+        phi_s(torch.eye(6))
+    with pytest.raises(ConfigError, match="constant"):
+        phi_s(torch.zeros(4, 4))
+
+
+def test_phi_s_gives_every_dimension_variance_one_by_a_rotation_and_one_scale():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(500, 12)) @ rng.normal(size=(12, 12)) * np.geomspace(1, 100, 12) + 5
+    standard = PhiS(12).double()
+    standard.fit(torch.tensor(x).split(100))
+    y = standard(torch.tensor(x)).numpy()
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-9)
+    np.testing.assert_allclose(y.var(0), 1, rtol=1e-9)
+    matrix = standard.matrix.numpy()
+    scale = 1 / np.trace(np.cov(x.T, bias=True)) * 12
+    np.testing.assert_allclose(matrix @ matrix.T, scale * np.eye(12), atol=1e-12)
 
 
 def test_the_student_meets_embedding_and_patches_on_the_teachers_grid():
@@ -109,6 +140,27 @@ def test_models_of_embeddings_are_compared_by_their_outputs():
     torch.testing.assert_close(
         losses["tokens_global"], tokens_loss(method.heads[1](outputs[0].logits), outputs[1].logits)
     )
+
+
+def test_standardized_targets_follow_from_the_training_images():
+    teacher = vit()
+    images = [Batch(torch.randn(8, 3, 32, 32), torch.zeros(8), torch.arange(8)) for _ in range(3)]
+    data = DATA._replace(are_embeddings=True, images=lambda: iter(images))
+    method = build(create_model("resnet8", 0), teacher, data, standardize=True, global_weight=0.0)
+    tapped = mdistiller.tap(teacher, method.teacher_taps)
+    with torch.no_grad():
+        found = [tapped(batch.image) for batch in images]
+    student = Outputs(torch.randn(8, 64), {method.student_taps[0]: torch.randn(8, 64, 8, 8)})
+    method(student, found[0], images[0], torch.ones(()))
+    x = torch.cat([outputs.features[method.teacher_taps[0]][:, 1:] for outputs in found])
+    y = method.standards[0](x).flatten(0, 1)
+    torch.testing.assert_close(y.mean(0), torch.zeros(48), atol=1e-4, rtol=0)
+    torch.testing.assert_close(y.var(0, correction=0), torch.ones(48), atol=1e-3, rtol=0)
+    other = build(create_model("resnet8", 0), teacher, data, standardize=True, global_weight=0.0)
+    other.load_state_dict(method.state_dict())
+    images[:] = [batch._replace(image=7 * batch.image) for batch in images]
+    other(student, found[0], images[0], torch.ones(()))
+    assert torch.equal(other.standards[0].matrix, method.standards[0].matrix)
 
 
 def test_registers_and_grids_that_are_no_squares_follow_from_the_teacher():

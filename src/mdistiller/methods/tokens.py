@@ -1,10 +1,10 @@
-"""Global and patch tokens of a foundation model (AM-RADIO: CVPR 2024, arXiv 2312.06709).
+r"""Global and patch tokens of a foundation model (AM-RADIO, CVPR 2024, arXiv 2312.06709; PHI-S, 2410.01680).
 
 A head maps the student's embedding and the positions of its last map to the teacher's width, without labels
-and classes.
+and classes. PHI-S standardizes the teacher's features first, with one scale for all dimensions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Literal
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Example, Losses, Scalar, promote
-from mdistiller.methods.features import FeatureConfig, FeatureMethod, stages
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, stages, to_map
 from mdistiller.methods.registry import register_method
 from mdistiller.models.layouts import layout_of
 from mdistiller.models.own_input import without_own_input
-from mdistiller.taps import resolve
+from mdistiller.taps import Taps, resolve
 from mdistiller.types import Batch, DataInfo, Outputs
 
 Distance = Literal["cosine", "l1", "smooth_l1", "l2"]
@@ -30,6 +30,7 @@ _DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
     "smooth_l1": F.smooth_l1_loss,
     "l2": F.mse_loss,
 }
+_IMAGES = 4096  # from which PHI-S estimates mean and covariance
 
 
 def tokens_loss(
@@ -62,6 +63,46 @@ def tokens_loss(
     return _DISTANCES[distance](promote(student_tokens), promote(teacher_tokens))
 
 
+def hadamard(order: int) -> Tensor | None:
+    """Returns a Hadamard matrix, float64 [order, order] of ±1, by the rules of Sylvester and Paley.
+
+    None where they give none: orders above 2 that are no multiple of 4, and a few others.
+    """
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if order % 2 == 0 and (half := hadamard(order // 2)) is not None:
+        return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
+    q = order - 1
+    if order % 4 or any(q % d == 0 for d in range(2, int(q**0.5) + 1)):
+        return None
+    squares = {i * i % q for i in range(1, q)}
+    signs = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, q)])
+    core = torch.ones(order, order, dtype=torch.float64)
+    core[1:, 0], core[1:, 1:] = -1, signs[(torch.arange(q)[:, None] - torch.arange(q)) % q]
+    return core.fill_diagonal_(1)
+
+
+def phi_s(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    r"""Returns the matrix $\phi H U^\top$ of PHI-S, float64, which gives centered features variance 1.
+
+    $U \Lambda U^\top$ is the covariance, $H$ a normalized Hadamard matrix, and $\phi^{-2}$ the mean of
+    $\Lambda$: a rotation and one scale.
+
+    Raises:
+        ConfigError: no Hadamard matrix of this order is known here, or the features are constant.
+
+    Source: Ranzinger et al., PHI-S, arXiv 2410.01680, section 3.
+    """
+    width = len(covariance)
+    matrix = hadamard(width)
+    values, vectors = torch.linalg.eigh(covariance.double().cpu())
+    mean = values.clamp(min=0).mean()
+    if matrix is None or not mean > 0:
+        why = f"have {width} dimensions, without a known Hadamard matrix" if mean > 0 else "are constant"
+        raise ConfigError(f"standardize: the teacher's features {why}; allowed: false, with any distance")
+    return matrix @ vectors.T / (width * mean).sqrt()
+
+
 class TokensConfig(FeatureConfig):
     """Settings of the token losses."""
 
@@ -74,8 +115,37 @@ class TokensConfig(FeatureConfig):
     weight in turn."""
     patch_loss: dict[Distance, float] = Field(default={"cosine": 1.0})
     """Distances between patches, with weights. RADIO: cosine 0.9 smooth_l1 0.1."""
+    standardize: bool = False
+    """Standardize the teacher's features by PHI-S, from up to 4,096 training images, before the first step;
+    with l2 as the distance."""
     head: Literal["linear", "mlp"] = "linear"
     """Layers from the student's width to the teacher's. `mlp`: two, with GELU in between."""
+
+
+class PhiS(nn.Module):
+    """Standardization of vectors [..., D] by PHI-S: mean and matrix, zeros until `fit`."""
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("matrix", torch.zeros(width, width))
+
+    def fit(self, vectors: Iterable[Tensor]) -> None:
+        """Sets mean and matrix from batches of vectors [N, D]."""
+        count, total = 0, torch.zeros_like(self.mean, dtype=torch.float64)
+        products = torch.zeros_like(self.matrix, dtype=torch.float64)
+        for part in vectors:
+            part = part.double()
+            count, total, products = count + len(part), total + part.sum(0), products + part.T @ part
+        mean = total / count
+        self.mean.copy_(mean)
+        self.matrix.copy_(phi_s(products / count - torch.outer(mean, mean)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (promote(x) - self.mean) @ self.matrix.T
 
 
 @register_method("tokens")
@@ -114,6 +184,13 @@ class Tokens(FeatureMethod[TokensConfig]):
                     f"the student and {list(theirs)} of the teacher"
                 )
         self.heads = nn.ModuleList(self._head(ours[1], theirs[1]) for ours, theirs in shapes)
+        self.standards = nn.ModuleList(PhiS(theirs[1]) for _, theirs in shapes if config.standardize)
+        self._pending = (teacher, data) if config.standardize else None
+        if config.standardize and data.images is None:
+            raise ConfigError(
+                "method.standardize: it reads the training images of classifiers and of task embed through "
+                "mdistiller.train; allowed otherwise: false"
+            )
 
     def _head(self, width: int, out: int) -> nn.Module:
         if self.config.head == "linear":
@@ -126,15 +203,43 @@ class Tokens(FeatureMethod[TokensConfig]):
         ours, theirs = super().read(student, teacher, inputs)
         return ([*ours, student.logits], [*theirs, teacher.logits]) if self._embeds else (ours, theirs)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _fit(self) -> None:
+        """Computes mean and covariance of the teacher's features, unless a resumed run has restored them."""
+        assert self._pending is not None
+        teacher, data = self._pending
+        assert data.images is not None
+        taps = Taps(teacher, self.teacher_taps, data.logits_of)
+        for i, standard in enumerate(self.standards):
+            assert isinstance(standard, PhiS)
+            if not standard.matrix.any():
+                standard.fit(self._vectors(taps, data.images(), i))
+        taps.remove()
+        self._pending = None
+
+    def _vectors(self, taps: Taps, images: Iterable[Batch], pair: int) -> Iterable[Tensor]:
+        names, layouts, seen = self.teacher_taps, self.teacher_layouts, 0
+        for batch in images:
+            with torch.no_grad():
+                logits, found = taps(batch.image)
+            maps = [to_map(found[name], layouts[name], batch.image) for name in names]
+            yield _tokens([*maps, logits][pair]).flatten(0, -2)
+            seen += len(batch.image)
+            if seen >= _IMAGES:
+                return
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        if self._pending is not None:
+            self._fit()
         losses: dict[str, list[Tensor]] = {}
         for i, (ours, theirs) in enumerate(zip(*self.read(student, teacher, batch.image), strict=True)):
             kind = "patch" if theirs.ndim == 4 else "global"
             if theirs.ndim == 4 and ours.shape[2:] != theirs.shape[2:]:
                 ours = F.interpolate(promote(ours), theirs.shape[2:], mode="bilinear", antialias=True)
+            target = self.standards[i](_tokens(theirs)) if self.standards else _tokens(theirs)
             found, weight = self.heads[i](_tokens(ours)), getattr(self.config, f"{kind}_weight")
             for distance, share in getattr(self.config, f"{kind}_loss").items():
-                loss = weight * share * tokens_loss(found, _tokens(theirs), distance=distance)
+                loss = weight * share * tokens_loss(found, target, distance=distance)
                 losses.setdefault(f"tokens_{kind}", []).append(loss)
         return {name: torch.stack(parts).sum() for name, parts in losses.items()}
 

@@ -112,6 +112,11 @@ def test_other_taps_of_the_teacher():
             OWN,
             "global_weight: got 1; a detector .* has no embedding",
         ),
+        (
+            {"name": "tokens", "standardize": True},
+            OWN,
+            "standardize: it reads the training images of classifiers",
+        ),
         ("tokens", {"mean": OWN["mean"], "std": OWN["std"]}, "teacher_input: .* needs image_size"),
         ("tokens", None, "VisionTransformer is no detector that can be distilled"),
     ],

@@ -286,7 +286,7 @@ def test_a_repeated_run_and_a_resumed_one_have_the_same_bits(images, tmp_path):
     def start(name, **changes):
         torch.manual_seed(0)
         teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
-        method = {"name": "tokens", "patch_loss": {"l2": 1.0}}
+        method = {"name": "tokens", "standardize": True, "patch_loss": {"l2": 1.0}}
         settings = {"epochs": 2, "max_steps": 10, "augment": {"flip": True}, **changes}
         return distill("resnet8", teacher, small(images), tmp_path / name, method, **settings)
 

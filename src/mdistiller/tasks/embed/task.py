@@ -1,5 +1,6 @@
 """Embeddings from images without labels, as a task."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
@@ -13,6 +14,7 @@ from mdistiller.models import ModelConfig
 from mdistiller.taps import probe
 from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.evaluate import training_images
 from mdistiller.tasks.classification.task import ClassificationTask
 from mdistiller.tasks.embed.config import EmbedConfig
 from mdistiller.tasks.embed.deployment import EmbedDeployment
@@ -74,8 +76,9 @@ class EmbedTask(ClassificationTask):
         return models.prepare_for(config.teacher, models.build_model(config.teacher, 0), data)
 
     def data_info(self, config: ClassificationConfig, data: Splits) -> DataInfo:
+        images = partial(training_images, config, data)
         shape, size = (3, data.image_size, data.image_size), config.batch_size
-        return DataInfo(shape, None, size, logits_of=embedding_of, are_embeddings=True)
+        return DataInfo(shape, None, size, logits_of=embedding_of, images=images, are_embeddings=True)
 
     def check_models(
         self,
