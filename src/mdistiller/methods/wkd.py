@@ -196,9 +196,9 @@ def wkd_l_loss(
     teacher. The gradient goes through the iterations. Computed in $O(BC + C^2)$ memory.
 
     The `distances` [C, C] are the costs c of moving probability from a class of the student to one of the
-    teacher; negative values count as 0. w is the `weight`, and η > 0 the `regularization`, the strength of
-    the plan's entropy. With soft labels, the first part is an expectation, and the second leaves the
-    likeliest class out. There is no factor T². Shapes, `reduction`, `ignore_index`, `mask` and errors: as `dkd_loss`;
+    teacher; negative values count as 0. w is the `weight`, and η > 0 the `regularization`, the strength of the
+    plan's entropy. With soft labels, the first part is an expectation, and the second leaves the likeliest
+    class out. There is no factor T². Shapes, `reduction`, `ignore_index`, `mask` and errors: as `dkd_loss`;
     distances of another shape.
 
     Source: Lv et al., NeurIPS 2024, equations 4 to 6; equals the authors' code.
