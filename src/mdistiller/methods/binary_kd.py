@@ -79,8 +79,20 @@ def multilabel_dkd_loss(
     \mathrm{KL}\big((p^T_{bc}, 1 - p^T_{bc}) \,\|\, (p^S_{bc}, 1 - p^S_{bc})\big), \quad
     p = \mathrm{sigmoid}(z / T)$$
 
-    in nats. At α = β = 1 it is `binary_kd_loss`. The target is float [..., C] in [0, 1], 1 for each class
-    that a sample has. Shapes, `reduction`, `mask` and errors: as `kd_loss`; another target.
+    in nats. At α = β = 1 it is `binary_kd_loss`.
+
+    Args:
+        student_logits: [..., C]; B counts all leading positions.
+        teacher_logits: [..., C], detached.
+        target: float [..., C] in [0, 1], 1 for each class that a sample has.
+        alpha: weight of the classes that a sample has.
+        beta: weight of the other classes.
+        temperature: T > 0.
+        reduction: as in `kd_loss`.
+        mask: as in `kd_loss`.
+
+    Raises:
+        ConfigError: as `kd_loss`; a target that is not float [..., C].
 
     Source: Zhao et al., CVPR 2022, equation 4, for the two-way probabilities of Yang et al., ICCV 2023; the
     two weights are defined only here.

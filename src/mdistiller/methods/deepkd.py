@@ -52,8 +52,22 @@ def deepkd_loss(
     \sigma(z^S_K / T)\big)$$
 
     with the set K of the k classes other than the target that have the largest logits of the teacher. With
-    k = C − 1 it is DKD; with k < 2 the second part is 0. Shapes, `reduction`, `ignore_index`, `mask` and
-    errors: as `dkd_loss`; soft labels.
+    k = C − 1 it is DKD; with k < 2 the second part is 0.
+
+    Args:
+        student_logits: [..., C], C ≥ 2; B counts all leading positions.
+        teacher_logits: [..., C], detached.
+        target: int64 [...] class ids.
+        k: number of classes in K.
+        alpha: weight of TCKD.
+        beta: weight of the second part.
+        temperature: T > 0; both parts are multiplied by T².
+        reduction: as in `dkd_loss`.
+        ignore_index: as in `dkd_loss`.
+        mask: as in `dkd_loss`.
+
+    Raises:
+        ConfigError: as `dkd_loss`; soft labels.
 
     Source: Huang et al. 2025, the top-k mask. In the authors' code the target takes one of the k places if it
     is among the teacher's k likeliest classes; else the numbers are equal.

@@ -52,9 +52,20 @@ def ikl_loss(
     without a factor T², in O(B·C). At α = β = 1, with w the teacher's probabilities at T = 1, the gradients
     for student and teacher together are those of the KL divergence.
 
-    `weights` are w, probabilities [..., C], such as the mean ones of the image's class; None: the teacher's
-    own, $\sigma(z^T / T_w)$, with `weight_temperature` $T_w$ > 0. Shapes, `reduction`, `mask` and errors: as
-    `kd_loss`; weights of another shape.
+    Args:
+        student_logits: [..., C], C ≥ 2; B counts all leading positions.
+        teacher_logits: [..., C], detached.
+        weights: w, probabilities [..., C], such as the mean ones of the image's class. None: the teacher's
+            own, $\sigma(z^T / T_w)$.
+        alpha: weight of the cross-entropy.
+        beta: weight of the squared error.
+        temperature: T > 0 of the cross-entropy.
+        weight_temperature: T_w > 0.
+        reduction: "mean", "sum", or "none" for the losses [...] of all samples.
+        mask: bool [...], False for samples that have no part in the mean and the sum, and 0 in "none".
+
+    Raises:
+        ConfigError: as `kd_loss`; weights of another shape.
 
     Source: Cui et al., NeurIPS 2024, equation of the IKL loss for distillation; equals the authors' code.
     """

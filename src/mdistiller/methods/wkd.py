@@ -195,11 +195,23 @@ def wkd_l_loss(
     $\exp(-c / \eta)$ give after a fixed number of steps. Neither part is zero where the student equals the
     teacher. The gradient goes through the iterations. Computed in $O(BC + C^2)$ memory.
 
-    The `distances` [C, C] are the costs c of moving probability from a class of the student to one of the
-    teacher; negative values count as 0. w is the `weight`, and η > 0 the `regularization`, the strength of the
-    plan's entropy. With soft labels, the first part is an expectation, and the second leaves the likeliest
-    class out. There is no factor T². Shapes, `reduction`, `ignore_index`, `mask` and errors: as `dkd_loss`;
-    distances of another shape.
+    Args:
+        student_logits: [..., C], C ≥ 2; B counts all leading positions.
+        teacher_logits: [..., C], detached.
+        target: int64 [...] class ids, or float [..., C] soft labels: the first part is then an expectation,
+            and the second leaves the likeliest class out.
+        distances: [C, C], the cost of moving probability from a class of the student to one of the teacher;
+            negative values count as 0.
+        weight: weight w of the transport cost.
+        temperature: T > 0 of the transported probabilities; there is no factor T².
+        regularization: η > 0, the strength of the plan's entropy.
+        iterations: number of Sinkhorn's iterations.
+        reduction: as in `dkd_loss`.
+        ignore_index: as in `dkd_loss`.
+        mask: as in `dkd_loss`.
+
+    Raises:
+        ConfigError: as `kd_loss`; a target or distances of another shape.
 
     Source: Lv et al., NeurIPS 2024, equations 4 to 6; equals the authors' code.
     """
