@@ -153,7 +153,6 @@ OVERRIDES = {
     "teacher.mean": (["--teacher.mean", "0.5", "0.4", "0.3"], (0.5, 0.4, 0.3)),
     "teacher.std": (["--teacher.std", "0.2", "0.3", "0.4"], (0.2, 0.3, 0.4)),
     "teacher.image_size": (["--teacher.image-size", "96"], 96),
-    "teacher.images": (["--teacher.images", "data"], "data"),
     "optim.deltas": (["--optim.deltas", "0.05", "-0.05", "0.02"], (0.05, -0.05, 0.02)),
 }
 

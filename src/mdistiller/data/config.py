@@ -1,10 +1,9 @@
 """Configuration of data sets and augmentation."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from mdistiller.data.cores import Workers
 from mdistiller.data.registry import get_reader
@@ -87,14 +86,6 @@ class DataConfig(Settings):
     def is_own(self) -> bool:
         """Whether the set is encoded images of one's own in `root`, scaled and cropped on reading."""
         return self.kind in ("folder", "hf")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_before(cls, value: object) -> object:
-        """Leaves out the only value that `sampler` has had in configs of runs that can be read."""
-        if isinstance(value, Mapping) and value.get("sampler") == "shuffle":
-            return {name: value[name] for name in value if name != "sampler"}
-        return value
 
     @field_validator("kind")
     @classmethod
