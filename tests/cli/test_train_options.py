@@ -139,7 +139,6 @@ OVERRIDES = {
     "ema_warmup": (["--ema-warmup"], True),
     "augment.scale": (["--augment.scale", "0.5", "0.9"], (0.5, 0.9)),
     "augment.color_jitter": (["--augment.color-jitter", "0.4"], 0.4),
-    "augment.hue": (["--augment.hue", "0.1"], 0.1),
     "augment.rotation": (["--augment.rotation", "20"], 20.0),
     "augment.erase": (["--augment.erase", "0.25"], 0.25),
     "augment.vertical_flip": (["--augment.vertical-flip"], True),

@@ -25,7 +25,7 @@ class DataConfig(Settings):
     `synthetic` (computed) need no files. `hf` is a folder of Hugging Face `datasets`: that of `save_to_disk`,
     Parquet files, or WebDataset's tar shards."""
     root: Path = Path("data")
-    """Folder of the data set; for kind folder also a single list, FILE.csv or FILE.parquet."""
+    """Folder of the data set; for kind folder also a single list, FILE.csv."""
     unlabeled: Path | None = None
     """Folder of further training images, at any depth, without a class, for the distillation loss alone."""
     image_column: str | None = None
@@ -125,9 +125,6 @@ class AugmentConfig(Settings):
     color_jitter: float = Field(default=0.0, ge=0.0, le=1.0)
     """Multiply brightness, contrast and saturation of each image by factors from 1 - color_jitter to
     1 + color_jitter. 0: off."""
-    hue: float = Field(default=0.0, ge=0.0, le=0.5)
-    """Turn the hue of each image by up to this part of the color circle, to either side, after the jitter.
-    0: off."""
     erase: float = Field(default=0.0, ge=0.0, le=1.0)
     """Probability of setting a box of 2 % to 33 % of an image to the mean color (random erasing). 0: off."""
     rotation: float = Field(default=0.0, ge=0.0, le=180.0)

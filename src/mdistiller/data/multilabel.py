@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.data.encoded import some
-from mdistiller.data.lists import PATH_COLUMNS, Row, find_column, present_files, read_rows, sort_classes
+from mdistiller.data.lists import PATH_COLUMNS, Row, find_column, pick, present_files, read_rows, sort_classes
 from mdistiller.errors import DataError
 from mdistiller.types import IGNORED
 
@@ -36,20 +36,15 @@ def read_multi_label_list(path: Path, on_error: str, classes: tuple[str, ...] | 
         classes: classes of the training images, in their order. None: those in the list.
 
     Raises:
-        ConfigError: a Parquet file without the package that reads it.
         DataError: an unreadable list, a wrong value, or other classes than `classes`.
     """
-
-    def pick(header: list[str]) -> list[int]:
-        first = find_column(path, header, PATH_COLUMNS)
-        given = [name.strip().lower() for name in header]
-        names = [given.index(name) for name in NAMES_COLUMNS if name in given][:1]
-        return [first, *(names or [i for i in range(len(header)) if i != first])]
-
-    header, rows = read_rows(path, pick)
-    if len(header) == 2 and header[1].lower() in NAMES_COLUMNS:
-        return _from_names(path, rows, on_error, classes)
-    return _from_columns(path, header[1:], rows, on_error, classes)
+    header, rows = read_rows(path)
+    first, given = find_column(path, header, PATH_COLUMNS), [name.lower() for name in header]
+    names = [given.index(name) for name in NAMES_COLUMNS if name in given][:1]
+    if names:
+        return _from_names(path, pick(rows, [first, *names]), on_error, classes)
+    columns = [i for i in range(len(header)) if i != first]
+    return _from_columns(path, [header[i] for i in columns], pick(rows, [first, *columns]), on_error, classes)
 
 
 def _from_names(path: Path, rows: list[Row], on_error: str, classes: tuple[str, ...] | None) -> LabeledFiles:

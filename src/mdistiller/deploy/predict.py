@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
 from mdistiller.data.decoder import read_image
-from mdistiller.deploy.measure import Speed
 from mdistiller.deploy.student import open_student
 from mdistiller.errors import (
     CheckpointError,
@@ -104,19 +103,16 @@ class Card(ModelInput):
     versions: dict[str, str]
     check: Check
 
-    # Absent from cards of earlier versions
-    int8: bool = False
+    int8: bool
     """Whether weights and activations have eight bits."""
-    bytes: int | None = None
+    bytes: int
     """Size of the model file."""
     macs: int | None = None
     """Multiply-accumulates for one image. None where the size of the images is not known."""
     image_shape: tuple[int, ...] | None = None
-    """Shape of the prepared image of `macs` and `speed`."""
+    """Shape of the prepared image of `macs`."""
     measured: Measured | None = None
     """None where the file was not evaluated."""
-    speed: Speed | None = None
-    """Time of the exported file. None as `macs`."""
 
 
 @dataclass(frozen=True)

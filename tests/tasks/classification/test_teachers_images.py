@@ -351,7 +351,6 @@ def test_the_first_lines_of_a_run_have_the_values():
         ({"teacher": {"mean": (0.5, 2, 0.5)}}, "teacher.mean.1: Input should be less than or equal to 1"),
         ({"teacher": {"image_size": 0}}, r"teacher.image_size: Input should be greater than or equal to 1"),
         ({"teacher": {"image_size": -5}}, r"teacher.image_size: .*\(got -5\)"),
-        ({"teacher": {"images": "mine"}}, "teacher.images: Input should be 'own' or 'data'"),
         (
             {"student": {"std": STD}},
             "student.std: a student's images are the data's; allowed: None, and data.std",
