@@ -76,12 +76,7 @@ def readme(card: Card, deployment: Deployment) -> str:
     shown = get_task(card.task).Config.main_metric()
     metric, measured = "result", "not known"
     if (accuracy := card.accuracy) is not None:
-        metric = accuracy.metric
-        last = "not evaluated" if accuracy.last is None else shown.text(accuracy.last)
-        measured = (
-            f"{last} (these weights, epoch {accuracy.last_epoch}); best {shown.text(accuracy.best)} "
-            f"(epoch {accuracy.best_epoch}, picked on the test set)"
-        )
+        metric, measured = accuracy.metric, f"{shown.text(accuracy.value)} (epoch {accuracy.epoch})"
     facts = card.data or {}
     data = [facts.get("name")]
     data += [f"{key} {facts[key]}" for key in ("train_limit", "test_limit", "label_noise") if facts.get(key)]

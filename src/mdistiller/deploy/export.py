@@ -298,21 +298,17 @@ def _teacher_name(teacher: Line) -> str:
 
 
 def _accuracy(file: Path, metric: str) -> Accuracy | None:
-    """Reads the metric of the weights in a student's file, by its name, and of the best epoch up to them."""
+    """Reads the metric of the weights in a student's file; None if their epoch was not evaluated."""
     kept = re.fullmatch(r"student-e(\d+)\.safetensors", file.name)
     if not kept and file.name not in (STUDENT_FILE, EMA_FILE):
         return None
     try:
-        lines = [line for line in read_metrics(file.parent) if line["kind"] == "eval"]
-        last = int(kept[1]) if kept else max((line["epoch"] for line in lines), default=0)
-        chosen = {line["epoch"]: line["ema"] if file.name == EMA_FILE else line for line in lines}
-        values = {epoch: line[metric] for epoch, line in chosen.items() if epoch <= last}
-        if not values:
+        lines = {line["epoch"]: line for line in read_metrics(file.parent) if line["kind"] == "eval"}
+        epoch = int(kept[1]) if kept else max(lines, default=0)
+        if epoch not in lines:
             return None
-        best = max(values, key=lambda epoch: values[epoch])
-        return Accuracy(
-            metric=metric, last=values.get(last), last_epoch=last, best=values[best], best_epoch=best
-        )
+        line = lines[epoch]["ema"] if file.name == EMA_FILE else lines[epoch]
+        return Accuracy(metric=metric, value=line[metric], epoch=epoch)
     except (KeyError, TypeError, ValidationError) as error:
         path = file.parent / METRICS
         raise CheckpointError(f"{path} holds lines that are no run's: {one_line(error)}") from error

@@ -45,7 +45,7 @@ def local_path(source: str) -> str:
 def hub_metadata(card: "Card") -> str:
     """Returns a student's metadata for the Hub, in YAML: task, method, and metric on the test set."""
     task, method = get_task(card.task), (card.method or {}).get("name", "none")
-    kind, value = task.deployment().hub_task, card.accuracy and card.accuracy.last
+    kind, value = task.deployment().hub_task, card.accuracy and card.accuracy.value
     fields: Line = {"library_name": "mdistiller"}
     if method != "none":
         fields["tags"] = ["knowledge-distillation", method]

@@ -40,16 +40,12 @@ FILES = {"safetensors": "model.safetensors", "torch-export": "model.pt2", "onnx"
 
 
 class Accuracy(BaseModel, frozen=True):
-    """Result of a run on its test set."""
+    """Result of the exported weights on the run's test set, as the run recorded it."""
 
     metric: str
     """Name of the metric, such as top1 or AP."""
-    last: float | None
-    """Metric of the exported weights, those after last_epoch; None: that epoch was not evaluated."""
-    last_epoch: int
-    best: float
-    """Metric of the best epoch up to then, picked on the test set. Its weights are not the exported ones."""
-    best_epoch: int
+    value: float
+    epoch: int
 
 
 class Check(BaseModel, frozen=True):
@@ -93,7 +89,7 @@ class Card(ModelInput):
     student: str
     """The file of the run folder that was exported."""
     accuracy: Accuracy | None
-    """None where the run's metrics are not beside the file."""
+    """None where the run's metrics are not beside the file, or its epoch was not evaluated."""
     recipe: str | None
     teacher: str | None
     method: Line | None
