@@ -143,7 +143,6 @@ OVERRIDES = {
     "augment.erase": (["--augment.erase", "0.25"], 0.25),
     "augment.vertical_flip": (["--augment.vertical-flip"], True),
     "class_weights": (["--class-weights", "balanced"], "balanced"),
-    "data.ignored": (["--data.ignored", "other", "red car"], ("other", "red car")),
     "data.unlabeled": (["--data.unlabeled", "more"], Path("more")),
     "data.image_column": (["--data.image-column", "img"], "img"),
     "data.label_column": (["--data.label-column", "fine"], "fine"),

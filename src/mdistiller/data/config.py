@@ -72,9 +72,6 @@ class DataConfig(Settings):
     one for each core that the process may use, at most 16."""
     multi_label: bool = False
     """Read lists with several classes of each image; the recipes multilabel.… do."""
-    ignored: tuple[str, ...] = ()
-    """Classes of kind folder whose training images are used without their class, and whose other images are
-    left out."""
     on_error: Literal["raise", "skip"] = "raise"
     """Treatment of unreadable image files: raise an error, or leave them out with a warning."""
     synthetic_classes: int = Field(default=10, ge=2)
