@@ -30,8 +30,14 @@ from mdistiller.data.layout import (
     subfolder,
     visible,
 )
-from mdistiller.data.lists import find_list, is_list, read_list, read_paths, sort_classes
-from mdistiller.data.multilabel import read_multi_label_list
+from mdistiller.data.lists import (
+    find_list,
+    is_list,
+    read_list,
+    read_multi_label_list,
+    read_paths,
+    sort_classes,
+)
 from mdistiller.data.registry import register_dataset
 from mdistiller.errors import DataError
 from mdistiller.types import IGNORED
