@@ -21,8 +21,7 @@ from resumable import is_done, run, spread, thin
 
 from mdistiller.recipes.experiments import Cell, get_experiment
 from mdistiller.settings import Settings
-from mdistiller.tasks.classification.cells import models_of
-from mdistiller.tasks.classification.experiments import BASIC
+from mdistiller.tasks.classification.experiments import BASIC, models_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MORE = ("TCKD alone", "NCKD alone", "LSKD+DKD", "DIST", "ReviewKD")

@@ -15,15 +15,11 @@ from mdistiller.deploy.student import load_student
 from mdistiller.errors import EXTRAS, MissingPackageError, install_command
 from mdistiller.models import create_model
 from mdistiller.runs.loggers import LOGGERS, Loggers
+from mdistiller.stored import write_outputs
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.detection.evaluate import DetectionEvaluator
 
 ROOT = Path(__file__).parents[1]
-
-
-def parquet(folder):
-    (folder / "l.parquet").write_bytes(b"PAR1")
-    load_data(DataConfig(kind="folder", root=folder / "l.parquet", val_fraction=0.5))
 
 
 def hf(folder):
@@ -42,7 +38,7 @@ USES = {
     "onnx": lambda folder: require_onnx("onnx"),
     "onnxruntime": lambda folder: require_onnx("onnx", "onnxruntime"),
     "onnxscript": lambda folder: require_onnx("onnx", "onnxscript"),
-    "pyarrow": parquet,
+    "pyarrow": lambda folder: write_outputs(folder / "outputs.parquet", {}),
     "ray[tune]": lambda folder: integration("ray"),
     "pycocotools": lambda folder: DetectionEvaluator(None, None, None),
     "timm": lambda folder: create_model("timm/resnet18"),

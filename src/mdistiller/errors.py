@@ -90,7 +90,7 @@ EXTRAS = {
     "hub": Extra(("huggingface_hub",), "Hugging Face Hub, hf://USER/REPO"),
     "mlflow": Extra(("mlflow-skinny",), "--log mlflow"),
     "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "mdistiller export --format onnx"),
-    "parquet": Extra(("pyarrow",), "image lists in Parquet files"),
+    "parquet": Extra(("pyarrow",), "stored outputs in Parquet files"),
     "ray": Extra(("ray[tune]",), "mdistiller sweep"),
     "tensorboard": Extra(("tensorboard",), "--log tensorboard"),
     "timm": Extra(("timm",), "models timm/NAME and their pretrained weights"),

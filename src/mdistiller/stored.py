@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mdistiller.data import ImageSet, StreamSet
 from mdistiller.data.encoded import EncodedSet, some
-from mdistiller.data.hf import read_column
 from mdistiller.data.lists import PATH_COLUMNS
 from mdistiller.errors import ConfigError, DataError, MDistillerError, MissingPackageError
 from mdistiller.teacher import Teacher
@@ -245,21 +244,14 @@ def read_outputs(path: Path, classes: int | None = None) -> StoredTeacher:
     """Reads a .npz, .safetensors or .parquet file with the entries of a `StoredTeacher`.
 
     In Parquet they are columns; `path` and `output`, from `mdistiller predict --out`, are names and logits.
-    FOLDER:COLUMN reads the logits in a column of the training split of a data set of `datasets`.
 
     Raises:
         ConfigError: another suffix, or entries that a `StoredTeacher` refuses.
         DataError: a file that is missing or unreadable.
     """
-    folder, _, column = str(path).rpartition(":")
-    if folder and Path(folder).is_dir():
-        return StoredTeacher(read_column(Path(folder), column))
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise ConfigError(
-            f"teacher_outputs: got {path}; allowed are files {', '.join(readers)}, and "
-            "FOLDER:COLUMN of a data set of `datasets`"
-        )
+        raise ConfigError(f"teacher_outputs: got {path}; allowed are files {', '.join(readers)}")
     try:
         outputs = readers[path.suffix](path)
     except MDistillerError:
@@ -270,29 +262,16 @@ def read_outputs(path: Path, classes: int | None = None) -> StoredTeacher:
 
 
 def write_outputs(path: Path, outputs: Mapping[str, Any]) -> None:
-    """Writes arrays with a row for each image to a .npz, .parquet or .safetensors file.
-
-    A safetensors file leaves out the names, so its rows must stay in the order of the training images.
+    """Writes arrays with a row for each image to a Parquet file; `classes` goes into its metadata.
 
     Raises:
-        ConfigError: another suffix, a missing package, or a file that cannot be written.
+        ConfigError: a missing package, or a file that cannot be written.
     """
     try:
-        if path.suffix == ".npz":
-            np.savez(path, **outputs)
-        elif path.suffix == ".safetensors":
-            from safetensors.numpy import save_file
-
-            arrays = {k: np.ascontiguousarray(v) for k, v in outputs.items() if k not in ("names", "classes")}
-            save_file(arrays, path, {"classes": json.dumps(outputs.get("classes"))})
-        elif path.suffix == ".parquet":
-            arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-            # Arrays in rows of their own type; Arrow takes those of one axis alone.
-            columns = {k: v.tolist() if np.ndim(v) > 2 else list(v) for k, v in outputs.items()}
-            about = {"classes": json.dumps(columns.pop("classes", None))}
-            parquet.write_table(arrow.table(columns, metadata=about), path)
-        else:
-            raise ConfigError(f"out: got {path}; allowed are files .npz, .safetensors, .parquet")
+        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+        columns = {name: list(values) for name, values in outputs.items()}
+        about = {"classes": json.dumps(columns.pop("classes", None))}
+        parquet.write_table(arrow.table(columns, metadata=about), path)
     except ImportError as error:
         raise MissingPackageError(f"out: {path}", "pyarrow", "parquet") from error
     except OSError as error:

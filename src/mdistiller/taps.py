@@ -8,7 +8,6 @@ positional input. Behind a name, `@LAYOUT` says what its axes are where the mode
 
 import copy
 import inspect
-import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -345,16 +344,16 @@ def probe(
     """
     names = tap_names(names)
     info = data if isinstance(data, DataInfo) else DataInfo(data)
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):  # DTensors, as FSDP2 makes them
+        raise ConfigError(
+            f"{type(model).__name__} is sharded, and its features' shapes cannot be found: build the "
+            "Distiller before fully_shard"
+        )
     try:
         return _run_copy(model, names, info, torch.device("meta"))
     except MDistillerError:
         raise
-    except Exception as error:  # the model branches on values, or creates tensors on a fixed device
-        if any(map(is_sharded, model.modules())):
-            raise ConfigError(
-                f"{type(model).__name__} is sharded, and its features' shapes cannot be found: build the "
-                f"Distiller before fully_shard ({type(error).__name__}: {error})"
-            ) from error
+    except Exception:  # the model branches on values, or creates tensors on a fixed device
         device = next(model.parameters(), torch.empty(0)).device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -372,34 +371,12 @@ def probe(
 
 
 def without_storage(model: nn.Module) -> nn.Module:
-    """Copies a model to the `meta` device, where a large one takes no memory; one by FSDP2 is whole there."""
+    """Copies a model to the `meta` device, where a large one takes no memory."""
     memo: dict[int, object] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-        if type(p) is nn.Parameter
-        else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
-        for p in model.parameters()
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }
     memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
-    _copy_sharded(model, memo)
     return copy.deepcopy(model, memo).to("meta")
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` (FSDP2) was applied to a module itself."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for this, as it takes long
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
-
-
-def _copy_sharded(model: nn.Module, memo: dict[int, object]) -> None:
-    """Enters copies of modules sharded by FSDP2, which refuse `deepcopy`, as they were before."""
-    copies: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
-        if is_sharded(module):
-            kind: type[nn.Module] = type(module).__mro__[2]  # after FSDP's class of the module, FSDPModule
-            copies[module] = memo[id(module)] = kind.__new__(kind)
-    for module, copied in copies.items():
-        own = {k: v for k, v in vars(module).items() if "hooks" not in k and "state_key" not in k}
-        vars(copied).update(copy.deepcopy(vars(nn.Module()) | own, memo))
 
 
 def _run_copy(model: nn.Module, names: tuple[str, ...], data: DataInfo, device: torch.device) -> Outputs:

@@ -139,12 +139,10 @@ OVERRIDES = {
     "ema_warmup": (["--ema-warmup"], True),
     "augment.scale": (["--augment.scale", "0.5", "0.9"], (0.5, 0.9)),
     "augment.color_jitter": (["--augment.color-jitter", "0.4"], 0.4),
-    "augment.hue": (["--augment.hue", "0.1"], 0.1),
     "augment.rotation": (["--augment.rotation", "20"], 20.0),
     "augment.erase": (["--augment.erase", "0.25"], 0.25),
     "augment.vertical_flip": (["--augment.vertical-flip"], True),
     "class_weights": (["--class-weights", "balanced"], "balanced"),
-    "data.ignored": (["--data.ignored", "other", "red car"], ("other", "red car")),
     "data.unlabeled": (["--data.unlabeled", "more"], Path("more")),
     "data.image_column": (["--data.image-column", "img"], "img"),
     "data.label_column": (["--data.label-column", "fine"], "fine"),
@@ -153,7 +151,6 @@ OVERRIDES = {
     "teacher.mean": (["--teacher.mean", "0.5", "0.4", "0.3"], (0.5, 0.4, 0.3)),
     "teacher.std": (["--teacher.std", "0.2", "0.3", "0.4"], (0.2, 0.3, 0.4)),
     "teacher.image_size": (["--teacher.image-size", "96"], 96),
-    "teacher.images": (["--teacher.images", "data"], "data"),
     "optim.deltas": (["--optim.deltas", "0.05", "-0.05", "0.02"], (0.05, -0.05, 0.02)),
 }
 

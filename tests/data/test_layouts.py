@@ -1,8 +1,6 @@
 """Layouts of image files: names of splits, class folders alone, lists, and classes absent from a split."""
 
 import csv
-import sys
-import types
 from collections import Counter
 
 import pytest
@@ -246,61 +244,3 @@ def test_a_list_that_is_no_text(tmp_path):
     (tmp_path / "l.csv").write_bytes(b"path,label\n\xff\xfe,1\n")
     with pytest.raises(DataError, match=r"l\.csv cannot be read"):
         load_data(config(tmp_path / "l.csv", val_fraction=0.5))
-
-
-def test_parquet_without_its_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
-    (tmp_path / "l.parquet").write_bytes(b"PAR1")
-    said = r"^root: .*l\.parquet, unlike a CSV file, needs pyarrow: pip install pyarrow$"
-    with pytest.raises(ConfigError, match=said):
-        load_data(config(tmp_path / "l.parquet", val_fraction=0.5))
-
-
-def test_parquet_by_pyarrow(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    lines = rows(tmp_path, "pictures", 4)
-    for name in ("train", "val"):
-        columns = {
-            "label": [label for _, label in lines],
-            "extra": lines,
-            "path": [path for path, _ in lines],
-        }
-        parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
-    splits = load_data(config(tmp_path))
-    assert splits.classes == CLASSES
-    assert splits.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    (tmp_path / "val.parquet").write_bytes(b"not parquet")
-    with pytest.raises(DataError, match=r"val\.parquet cannot be read"):
-        load_data(config(tmp_path))
-
-
-def test_parquet_by_a_stand_in(tmp_path, monkeypatch):
-    """The same calls of pyarrow, where it is not installed."""
-    lines = rows(tmp_path, "pictures", 4)
-    table = {"label": [label for _, label in lines], "path": [path for path, _ in lines]}
-    if "pyarrow" in sys.modules:
-        pytest.skip("pyarrow itself is here")
-
-    class Table:
-        def column(self, name):
-            return types.SimpleNamespace(to_pylist=lambda: table[name])
-
-    stand_in = types.ModuleType("pyarrow")
-    stand_in.parquet = types.SimpleNamespace(
-        read_schema=lambda path: types.SimpleNamespace(names=["label", "path"]),
-        read_table=lambda path, columns: Table(),
-    )
-    monkeypatch.setitem(sys.modules, "pyarrow", stand_in)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", stand_in.parquet)
-    (tmp_path / "all.parquet").write_bytes(b"PAR1")
-    splits = load_data(config(tmp_path / "all.parquet", val_fraction=0.25))
-    assert splits.train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
-    table["label"][5] = None
-    splits = load_data(config(tmp_path / "all.parquet", val_fraction=0.25))
-    assert (splits.train.labels == -100).sum() == 1
-    table["path"][5] = None
-    with pytest.raises(DataError, match=r"all\.parquet, row 6: got path '' and label ''"):
-        load_data(config(tmp_path / "all.parquet", val_fraction=0.25))

@@ -110,8 +110,6 @@ def test_settings_for_one_class(root):
         ConfigError, match=r"label_noise: got 0.5; allowed for images of several classes is 0"
     ):
         read(root, label_noise=0.5)
-    with pytest.raises(ConfigError, match=r"data.ignored: got \['sky'\]"):
-        read(root, ignored=("sky",))
     fill(root / "train", 2)
     fill(root / "val", 2)
     with pytest.raises(DataError, match=r"has no lists; images of several classes need ROOT/train.csv"):

@@ -1,4 +1,4 @@
-"""Images without a class in folders and lists, ignored classes, and labels that are real numbers."""
+"""Images without a class in folders and lists, and labels that are real numbers."""
 
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +14,7 @@ from mdistiller.data import Augment, AugmentConfig, DataConfig, ImageSet, load_d
 from mdistiller.data.draws import Draws
 from mdistiller.data.labels import add_label_noise, balanced_subset, stratified_cut
 from mdistiller.data.registry import _DATASETS
-from mdistiller.errors import DataError, UnknownNameError
+from mdistiller.errors import DataError
 from mdistiller.types import Batch
 
 
@@ -83,18 +83,6 @@ def test_lists_with_empty_labels(tmp_path):
     with pytest.warns(UserWarning, match="left out"):
         splits = load_data(config(tmp_path))
     assert (splits.classes, counts(splits.train)) == (CLASSES, {-100: 12})
-
-
-def test_ignored_classes(tmp_path):
-    fill(tmp_path / "train", 4)
-    fill(tmp_path / "val", 2)
-    with pytest.warns(UserWarning, match="left out: 2 test images without a class"):
-        splits = load_data(config(tmp_path, ignored=("bird",)))
-    assert splits.classes == ("ant", "cat")
-    assert counts(splits.train) == {0: 4, 1: 4, -100: 4}
-    assert counts(splits.test) == {0: 2, 1: 2}
-    with pytest.raises(UnknownNameError, match=r"unknown class in data.ignored 'brid'; nearest: bird"):
-        load_data(config(tmp_path, ignored=("brid",)))
 
 
 @pytest.mark.parametrize("labels", [("0.5", "1", "-3.25"), ("1e-3", "2.5e1", "")])

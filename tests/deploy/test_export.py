@@ -134,14 +134,8 @@ def test_graphs_name_their_ends_and_no_place_on_this_machine(exports):
 def test_the_card_tells_of_the_run(run, exports):
     out, _ = exports["onnx"]
     card, lines = json.loads((out / "card.json").read_text()), evals(run)
-    last, best = lines[5]["top1"], max(line["top1"] for line in lines.values())
-    assert card["accuracy"] == {
-        "metric": "top1",
-        "last": last,
-        "last_epoch": 5,
-        "best": best,
-        "best_epoch": next(epoch for epoch, line in lines.items() if line["top1"] == best),
-    }
+    last = lines[5]["top1"]
+    assert card["accuracy"] == {"metric": "top1", "value": last, "epoch": 5}
     expected = {
         "task": "classification",
         "format": "onnx",
@@ -178,8 +172,7 @@ def test_the_card_tells_of_the_run(run, exports):
         "dkd (",
         "beta 2.0",
         "train_limit 128",
-        f"{last:.2f} % (these weights, epoch 5)",
-        f"best {best:.2f} %",
+        f"{last:.2f} % (epoch 5)",
         "0.3053",
         "central square scaled to 16 (bilinear, antialiased)",
         "0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
@@ -227,7 +220,7 @@ def test_the_moving_average(run, tmp_path):
     assert card.student == "ema_student.safetensors"
     top1 = [line["ema"]["top1"] for line in evals(run).values()]
     assert top1 != [line["top1"] for line in evals(run).values()]
-    assert (card.accuracy.last, card.accuracy.best) == (top1[-1], max(top1))
+    assert card.accuracy.value == top1[-1]
 
 
 def test_a_kept_epoch(run, tmp_path):
@@ -235,9 +228,7 @@ def test_a_kept_epoch(run, tmp_path):
     out, card = export_student(run / "student-e2.safetensors", out=tmp_path / "two")
     kept = load_file(run / "student-e2.safetensors")
     assert all(torch.equal(v, kept[key]) for key, v in load_file(out / "model.safetensors").items())
-    accuracy = card.accuracy
-    assert (accuracy.last_epoch, accuracy.last) == (2, lines[2]["top1"])
-    assert (accuracy.best_epoch, accuracy.best) == (2, lines[2]["top1"])  # later ones don't count
+    assert (card.accuracy.epoch, card.accuracy.value) == (2, lines[2]["top1"])
     # Before the first evaluation.
     assert export_student(run / "student-e1.safetensors", out=tmp_path / "one")[1].accuracy is None
 
@@ -248,8 +239,8 @@ def test_a_kept_epoch_that_was_not_evaluated(run, tmp_path):
     (folder / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
     (folder / "student-e3.safetensors").write_bytes((run / "student-e2.safetensors").read_bytes())
     out, card = export_student(folder / "student-e3.safetensors")
-    assert (card.accuracy.last_epoch, card.accuracy.last, card.accuracy.best_epoch) == (3, None, 2)
-    assert "not evaluated (these weights, epoch 3)" in (out / "README.md").read_text()
+    assert card.accuracy is None
+    assert "result on its test set | not known" in (out / "README.md").read_text()
 
 
 def test_a_students_file_alone(run, tmp_path):

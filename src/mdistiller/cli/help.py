@@ -36,7 +36,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 
 _RARE = (
     *("optim.delta", "optim.deltas", "optim.betas", "optim.gamma", "optim.norm_decay"),
-    *("data.seed", "data.label_noise", "data.synthetic_classes", "data.synthetic_samples", "data.ignored"),
+    *("data.seed", "data.label_noise", "data.synthetic_classes", "data.synthetic_samples"),
     *("data.memory_limit_gb", "data.on_error", "augment.seed"),
 )
 """Fields of the groups above that are advanced."""

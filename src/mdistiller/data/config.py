@@ -1,10 +1,9 @@
 """Configuration of data sets and augmentation."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from mdistiller.data.cores import Workers
 from mdistiller.data.registry import get_reader
@@ -26,7 +25,7 @@ class DataConfig(Settings):
     `synthetic` (computed) need no files. `hf` is a folder of Hugging Face `datasets`: that of `save_to_disk`,
     Parquet files, or WebDataset's tar shards."""
     root: Path = Path("data")
-    """Folder of the data set; for kind folder also a single list, FILE.csv or FILE.parquet."""
+    """Folder of the data set; for kind folder also a single list, FILE.csv."""
     unlabeled: Path | None = None
     """Folder of further training images, at any depth, without a class, for the distillation loss alone."""
     image_column: str | None = None
@@ -73,9 +72,6 @@ class DataConfig(Settings):
     one for each core that the process may use, at most 16."""
     multi_label: bool = False
     """Read lists with several classes of each image; the recipes multilabel.… do."""
-    ignored: tuple[str, ...] = ()
-    """Classes of kind folder whose training images are used without their class, and whose other images are
-    left out."""
     on_error: Literal["raise", "skip"] = "raise"
     """Treatment of unreadable image files: raise an error, or leave them out with a warning."""
     synthetic_classes: int = Field(default=10, ge=2)
@@ -87,14 +83,6 @@ class DataConfig(Settings):
     def is_own(self) -> bool:
         """Whether the set is encoded images of one's own in `root`, scaled and cropped on reading."""
         return self.kind in ("folder", "hf")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_before(cls, value: object) -> object:
-        """Leaves out the only value that `sampler` has had in configs of runs that can be read."""
-        if isinstance(value, Mapping) and value.get("sampler") == "shuffle":
-            return {name: value[name] for name in value if name != "sampler"}
-        return value
 
     @field_validator("kind")
     @classmethod
@@ -134,9 +122,6 @@ class AugmentConfig(Settings):
     color_jitter: float = Field(default=0.0, ge=0.0, le=1.0)
     """Multiply brightness, contrast and saturation of each image by factors from 1 - color_jitter to
     1 + color_jitter. 0: off."""
-    hue: float = Field(default=0.0, ge=0.0, le=0.5)
-    """Turn the hue of each image by up to this part of the color circle, to either side, after the jitter.
-    0: off."""
     erase: float = Field(default=0.0, ge=0.0, le=1.0)
     """Probability of setting a box of 2 % to 33 % of an image to the mean color (random erasing). 0: off."""
     rotation: float = Field(default=0.0, ge=0.0, le=180.0)

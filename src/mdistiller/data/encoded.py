@@ -32,9 +32,6 @@ class Row(Protocol):
     def file(self) -> Path | BinaryIO:
         """Returns the encoded image."""
 
-    def length(self) -> int:
-        """Returns its size in bytes."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedSet(StreamSet):
@@ -57,11 +54,6 @@ class EncodedSet(StreamSet):
         sample: Path | Row = self.samples[index]
         file = sample if isinstance(sample, Path) else sample.file()
         return plain(file) if isinstance(file, Path) else file
-
-    def length(self, index: int) -> int:
-        """Returns the size of the encoded image in bytes."""
-        sample: Path | Row = self.samples[index]
-        return sample.stat().st_size if isinstance(sample, Path) else sample.length()
 
     def select(self, indices: Tensor) -> Self:
         return replace(self, labels=self.labels[indices], samples=self.samples[indices.numpy()])

@@ -30,10 +30,16 @@ from mdistiller.data.layout import (
     subfolder,
     visible,
 )
-from mdistiller.data.lists import find_list, is_list, read_list, read_paths, sort_classes
-from mdistiller.data.multilabel import read_multi_label_list
+from mdistiller.data.lists import (
+    find_list,
+    is_list,
+    read_list,
+    read_multi_label_list,
+    read_paths,
+    sort_classes,
+)
 from mdistiller.data.registry import register_dataset
-from mdistiller.errors import ConfigError, DataError, UnknownNameError
+from mdistiller.errors import DataError
 from mdistiller.types import IGNORED
 
 _LAYOUT = (
@@ -72,16 +78,13 @@ def load_folder(config: DataConfig) -> Splits:
             f"left out: {others.total()} files in class folders ({found}); images end in {allowed}",
             stacklevel=4,
         )
-    for name in config.ignored:
-        if name not in train_files | test_files:
-            raise UnknownNameError("class in data.ignored", name, {*train_files, *test_files} - {""})
     outside = config.root if config.kind == "folder" and config.root.is_dir() else None
     if outside is not None and outside != train_from and (folder := subfolder(outside, UNLABELED)):
         train_files.setdefault("", []).extend(images_below(folder))
     # In a folder of class folders alone, that of images without a class is among them.
     inside = [name for name in train_files if outside == train_from and name.lower() in UNLABELED]
     unlabeled, left_out = (
-        [path for name in ("", *config.ignored, *inside) for path in files.pop(name, ())]
+        [path for name in ("", *inside) for path in files.pop(name, ())]
         for files in (train_files, test_files)
     )
     known = train_files or test_files
@@ -125,10 +128,6 @@ def _load_multi_label(
     if train_from is None or not all(is_list(split) for split in (train_from, test_from) if split):
         raise DataError(
             f"{config.root} has no lists; images of several classes need ROOT/train.csv and ROOT/val.csv"
-        )
-    if config.ignored:
-        raise ConfigError(
-            f"data.ignored: got {list(config.ignored)}; allowed for images of several classes is none"
         )
     files, classes, labels = read_multi_label_list(train_from, config.on_error)
     folder = subfolder(config.root, UNLABELED) if config.root.is_dir() else None

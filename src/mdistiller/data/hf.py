@@ -33,7 +33,6 @@ class DatasetRow:
     column: str
     origin: Path  # of the split, for messages
     index: int
-    size: int | None  # of the encoded image in bytes; None: it is a file of its own
 
     def __str__(self) -> str:
         return str(self.origin / f"row {self.index}")
@@ -43,11 +42,6 @@ class DatasetRow:
         if image is None:
             raise OSError("the row has no image")
         return Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
-
-    def length(self) -> int:
-        if self.size is None and isinstance(file := self.file(), Path):
-            return file.stat().st_size
-        return self.size or 0
 
 
 @register_dataset("hf")
@@ -87,19 +81,6 @@ def load_hf(config: DataConfig) -> Splits:
     first = rows_of(train, "train")
     second = first.select(torch.arange(0)) if test is None else rows_of(test, config.eval_split)
     return make_splits(first, second, classes, f"images of the data set in {config.root}")
-
-
-def read_column(root: Path, column: str) -> dict[str, object]:
-    """Reads logits in a column of the training split, with the names of its rows.
-
-    Raises:
-        MissingPackageError, DataError: as `load_hf`.
-    """
-    rows = _open(root).get("train")
-    there = [] if rows is None else rows.column_names
-    if rows is None or column not in there:
-        raise DataError(f"{root}: split train has no column {column!r}; columns there: {some(there)}")
-    return {"logits": np.array(rows[column]), "names": [f"train/row {i}" for i in range(len(rows))]}
 
 
 def _open(root: Path) -> "dict[str, Dataset]":
@@ -194,12 +175,7 @@ def _classes(
 
 def _row_set(rows: "Dataset", column: str, labels: Tensor, origin: Path, options: ReadOptions) -> EncodedSet:
     import datasets
-    import pyarrow.compute as pc
 
     images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    samples: list[DatasetRow] = []
-    for part in images.with_format("arrow").iter(batch_size=1000):
-        for chunk in part.column(column).chunks:
-            for size in pc.binary_length(chunk.field("bytes")).to_pylist():
-                samples.append(DatasetRow(images, column, origin, len(samples), size))
+    samples = [DatasetRow(images, column, origin, i) for i in range(len(images))]
     return EncodedSet(samples=np.array(samples, dtype=object), labels=labels, **options)

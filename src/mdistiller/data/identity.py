@@ -10,7 +10,6 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -85,21 +84,9 @@ def hash_all(images: EncodedSet, workers: Workers) -> str:
 
 
 def count_copies(train: EncodedSet, test: EncodedSet, workers: Workers) -> int:
-    """Counts the test images whose bytes are those of a training image; reads images of equal sizes alone."""
-    by_size: list[dict[int, list[int]]] = []
-    for images in (train, test):
-        by_size.append({})
-        for i in range(len(images)):
-            with suppress(OSError):  # the loader reports it
-                by_size[-1].setdefault(images.length(i), []).append(i)
-    first, second = (
-        hash_files(
-            images.select(torch.tensor([i for n in here if n in other for i in here[n]]).long()), workers
-        )
-        for images, here, other in zip((train, test), by_size, by_size[::-1], strict=True)
-    )
-    known = {*first} - {None}
-    return sum(value in known for value in second)
+    """Counts the test images whose bytes are those of a training image."""
+    known = {*hash_files(train, workers)} - {None}
+    return sum(value in known for value in hash_files(test, workers))
 
 
 def hash_files(images: EncodedSet, workers: Workers) -> list[bytes | None]:

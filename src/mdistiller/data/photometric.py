@@ -1,4 +1,4 @@
-"""Rotation, color jitter, hue, vertical flip and random erasing for whole batches on the device.
+"""Rotation, color jitter, vertical flip and random erasing for whole batches on the device.
 
 Draws are tensors on the device, so no step waits for it. Each operation equals torchvision's of the same
 draws.
@@ -21,7 +21,6 @@ def draw_changes(config: AugmentConfig, images: Tensor, draws: Draws) -> dict[st
     color_jitter: factors of brightness, contrast and saturation, float32 [3, B].
     vertical_flip: whether to mirror top and bottom, bool [B].
     erase: top, left, height and width of a box, int64 [4, B]; height 0: nothing.
-    hue: part of the color circle by which to turn, float32 [B].
     rotation: degrees by which to rotate, float32 [B].
     """
     height, width = images.shape[1:3]
@@ -29,7 +28,6 @@ def draw_changes(config: AugmentConfig, images: Tensor, draws: Draws) -> dict[st
         "color_jitter": lambda: 1 + config.color_jitter * (2 * draws.uniform(3) - 1),
         "vertical_flip": lambda: draws.uniform() < 0.5,
         "erase": lambda: _draw_box(config.erase, height, width, draws.uniform(2, 10), draws.uniform(3)),
-        "hue": lambda: config.hue * (2 * draws.uniform() - 1),
         "rotation": lambda: config.rotation * (2 * draws.uniform() - 1),
     }
     return {name: draw() for name, draw in make.items() if getattr(config, name)}
@@ -67,27 +65,6 @@ def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
     images = _to_bytes(images * brightness)
     images = _blend(images, gray(images, -1).mean((1, 2, 3), keepdim=True), contrast)
     return _blend(images, gray(images, -1), saturation)
-
-
-def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Turns the hue of uint8 [B, H, W, 3] by parts [B] of the color circle; value and saturation stay.
-
-    Of the hue h in [0, 6), a channel is V (1 - S max(0, min(k, 4 - k, 1))) with k = n + h modulo 6, and n = 5
-    for red, 3 for green, 1 for blue.
-    """
-    pixels = images / 255
-    value, darkest = pixels.amax(-1), pixels.amin(-1)
-    span = value - darkest
-    red, green, blue = (pixels / span.where(span > 0, 1.0)[..., None]).unbind(-1)
-    hue = torch.where(
-        pixels[..., 0] == value,
-        green - blue,
-        torch.where(pixels[..., 1] == value, 2 + blue - red, 4 + red - green),
-    )
-    hue = hue + 6 * turn[:, None, None]
-    k = (torch.tensor([5.0, 3.0, 1.0], device=images.device) + hue[..., None]).remainder(6)
-    changed = value[..., None] - span[..., None] * torch.minimum(k, 4 - k).clamp(0, 1)
-    return _to_bytes(changed * 255.999)  # rounded down, as by torchvision
 
 
 def gray(images: Tensor, channels: int) -> Tensor:
@@ -163,7 +140,6 @@ def inside(first: Tensor, end: Tensor, images: Tensor) -> Tensor:
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "rotation": rotate,
     "color_jitter": jitter_colors,
-    "hue": turn_hue,
     "vertical_flip": flip_vertically,
 }
 """Changes of uint8 images by `draw_changes`, in the order of their application."""

@@ -52,7 +52,7 @@ def _code(card: Card, deployment: Deployment) -> str:
 
 
 def measured_rows(card: Card) -> dict[str, str]:
-    """Returns rows for people about the exported file: its metric, size and time."""
+    """Returns rows for people about the exported file: its metric, size and operations."""
     rows, metric = {}, get_task(card.task).Config.main_metric()
     if (found := card.measured) is not None:
         same = "" if found.agreement is None else f"; the same class for {found.agreement:.2f} %"
@@ -61,13 +61,10 @@ def measured_rows(card: Card) -> dict[str, str]:
             f"(the student {metric.text(found.student)}, "
             f"difference {found.value - found.student:+{metric.spec}}{same})"
         )
-    if card.bytes is not None:
-        rows["size of the file"] = f"{card.bytes / 1e6:,.2f} MB"
+    rows["size of the file"] = f"{card.bytes / 1e6:,.2f} MB"
     if card.macs is not None:
         shape = "" if card.image_shape is None else f" of shape {list(card.image_shape)}"
         rows["multiply-accumulates"] = f"{card.macs / 1e6:,.1f} million for one image{shape}"
-    if card.speed is not None:
-        rows["milliseconds an image"] = f"{card.speed} ({card.speed.machine})"
     return rows
 
 
@@ -79,12 +76,7 @@ def readme(card: Card, deployment: Deployment) -> str:
     shown = get_task(card.task).Config.main_metric()
     metric, measured = "result", "not known"
     if (accuracy := card.accuracy) is not None:
-        metric = accuracy.metric
-        last = "not evaluated" if accuracy.last is None else shown.text(accuracy.last)
-        measured = (
-            f"{last} (these weights, epoch {accuracy.last_epoch}); best {shown.text(accuracy.best)} "
-            f"(epoch {accuracy.best_epoch}, picked on the test set)"
-        )
+        metric, measured = accuracy.metric, f"{shown.text(accuracy.value)} (epoch {accuracy.epoch})"
     facts = card.data or {}
     data = [facts.get("name")]
     data += [f"{key} {facts[key]}" for key in ("train_limit", "test_limit", "label_noise") if facts.get(key)]

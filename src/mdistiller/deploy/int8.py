@@ -1,8 +1,6 @@
 """Static quantization of an ONNX graph to eight bits."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -33,7 +31,10 @@ def quantize(source: Path, target: Path, images: Tensor) -> None:
             batch = next(self.batches, None)
             return None if batch is None else {"image": batch.numpy()}
 
-    with _no_advice():
+    before = logging.root.manager.disable
+    # Not ONNX Runtime's advice to pre-process: torch's exporter has fused and typed the graph.
+    logging.disable(max(before, logging.WARNING))
+    try:
         quantize_static(
             source,
             target,
@@ -44,14 +45,5 @@ def quantize(source: Path, target: Path, images: Tensor) -> None:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-
-
-@contextmanager
-def _no_advice() -> Iterator[None]:
-    """Hides ONNX Runtime's advice to pre-process: torch's exporter has fused and typed the graph."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
     finally:
         logging.disable(before)

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
 from mdistiller.data.decoder import read_image
-from mdistiller.deploy.measure import Speed
 from mdistiller.deploy.student import open_student
 from mdistiller.errors import (
     CheckpointError,
@@ -41,16 +40,12 @@ FILES = {"safetensors": "model.safetensors", "torch-export": "model.pt2", "onnx"
 
 
 class Accuracy(BaseModel, frozen=True):
-    """Result of a run on its test set."""
+    """Result of the exported weights on the run's test set, as the run recorded it."""
 
     metric: str
     """Name of the metric, such as top1 or AP."""
-    last: float | None
-    """Metric of the exported weights, those after last_epoch; None: that epoch was not evaluated."""
-    last_epoch: int
-    best: float
-    """Metric of the best epoch up to then, picked on the test set. Its weights are not the exported ones."""
-    best_epoch: int
+    value: float
+    epoch: int
 
 
 class Check(BaseModel, frozen=True):
@@ -94,7 +89,7 @@ class Card(ModelInput):
     student: str
     """The file of the run folder that was exported."""
     accuracy: Accuracy | None
-    """None where the run's metrics are not beside the file."""
+    """None where the run's metrics are not beside the file, or its epoch was not evaluated."""
     recipe: str | None
     teacher: str | None
     method: Line | None
@@ -104,19 +99,16 @@ class Card(ModelInput):
     versions: dict[str, str]
     check: Check
 
-    # Absent from cards of earlier versions
-    int8: bool = False
+    int8: bool
     """Whether weights and activations have eight bits."""
-    bytes: int | None = None
+    bytes: int
     """Size of the model file."""
     macs: int | None = None
     """Multiply-accumulates for one image. None where the size of the images is not known."""
     image_shape: tuple[int, ...] | None = None
-    """Shape of the prepared image of `macs` and `speed`."""
+    """Shape of the prepared image of `macs`."""
     measured: Measured | None = None
     """None where the file was not evaluated."""
-    speed: Speed | None = None
-    """Time of the exported file. None as `macs`."""
 
 
 @dataclass(frozen=True)

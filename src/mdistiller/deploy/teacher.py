@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdistiller.config import RunConfig
-from mdistiller.deploy.student import StudentFile, open_student, plugins_named, run_config
+from mdistiller.deploy.student import open_student, plugins_named, run_config
 from mdistiller.methods import get_method
 from mdistiller.models import ModelConfig
 from mdistiller.types import Line
@@ -42,19 +42,15 @@ def find_teacher(word: str | Path) -> GivenTeacher:
         return GivenTeacher(str(word))
     file = open_student(source)
     folder, metadata = file.path.parent, file.metadata
+    extension = metadata.get("extension")
     with plugins_named(folder):
-        _check_known(file)
+        file.task.check_model(metadata["model"])
+        if extension is not None:
+            file.task.check_model(extension["teacher"])
+            get_method(extension["method"]["name"])
     data: Line = {name: metadata[name] for name in ("image_size", "mean", "std") if name in metadata}
     settings = run_config(folder).get("data")
     if data and isinstance(settings, dict):
         data["resize"] = settings.get("resize")  # goes with image_size
     model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=source)
     return GivenTeacher(model, data)
-
-
-def _check_known(file: StudentFile) -> None:
-    file.task.check_model(file.metadata["model"])
-    extension = file.metadata.get("extension")
-    if extension is not None:
-        file.task.check_model(extension["teacher"])
-        get_method(extension["method"]["name"])

@@ -17,8 +17,7 @@ from mdistiller.errors import (
     UnknownNameError,
     nearest_names,
 )
-from mdistiller.models.tap_table import last_linear, tap_table, without_adapters
-from mdistiller.models.transformers_taps import transformers_points
+from mdistiller.models.tap_table import last_linear, tap_table, transformers_points, without_adapters
 from mdistiller.types import Line
 
 LIBRARIES = ("timm", "torchvision")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import Annotated, Any, TypeVar, overload
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import nn
@@ -45,15 +45,12 @@ class ModelConfig(Settings):
     """Further arguments of the model function, such as timm's `img_size` or torchvision's `weights`."""
     mean: tuple[Mean, Mean, Mean] | None = None
     """Teacher: mean of red, green and blue in its images, scaled to [0, 1]. The teacher sees the student's
-    augmented image, renormalized and scaled. None: see `images`."""
+    augmented image, renormalized and scaled. None: that of its weights, from its run or from the tables of
+    timm and torchvision, and the data's where it is unknown."""
     std: tuple[Std, Std, Std] | None = None
-    """Teacher: standard deviation of red, green and blue in its images. None: see `images`."""
+    """Teacher: standard deviation of red, green and blue in its images. None: as `mean`."""
     image_size: Side | None = None
-    """Teacher: side in pixels to which its images are scaled. None: see `images`."""
-    images: Literal["own", "data"] = "own"
-    """Teacher: values of `mean`, `std` and `image_size` where they are None. own: those of its weights, from
-    its run or from the tables of timm and torchvision, and the data's where these are unknown. data: the
-    data's."""
+    """Teacher: side in pixels to which its images are scaled. None: as `mean`."""
 
     @property
     def is_given(self) -> bool:

@@ -249,11 +249,3 @@ def test_distillation_alone(photos, teacher, tmp_path):
     assert run(weighted)[-1]["last"] == lines[-1]["last"]  # no label, so no task loss
     with pytest.raises(ConfigError, match="'dkd' reads the labels, and no training image has a class"):
         train(config(root, teacher=c.teacher, method=DKDConfig(), out=tmp_path / "dkd"))
-
-
-def test_configs_of_before_load():
-    old = ClassificationConfig(student=ModelConfig(name="resnet8")).model_dump(mode="json")
-    del old["class_weights"], old["data"]["ignored"]
-    old["data"]["sampler"] = "shuffle"
-    loaded = ClassificationConfig.model_validate(old)
-    assert loaded.class_weights == "none"

@@ -187,15 +187,12 @@ def test_a_run_by_flags_is_the_run_by_metadata(teacher_run, student_run, tmp_pat
     assert not torch.equal(*files), "a file without metadata brings no values"
 
 
-def test_fields_precede_the_weights_and_data_asks_for_the_students_images(teacher_run):
+def test_fields_precede_the_weights(teacher_run):
     given = ModelConfig(name="resnet14", checkpoint=teacher_run)
     assert models.own_input(given) == (MEAN, STD, SIZE)
     assert models.own_input(given.replace(image_size=20, std=(1, 1, 1))) == (MEAN, (1, 1, 1), 20)
-    assert models.own_input(given.replace(images="data")) == (None, None, None)
-    assert models.own_input(given.replace(images="data", image_size=20)) == (None, None, 20)
     data = load_data(DATA)
     assert isinstance(models.build_teacher(given, data), OwnInput)
-    assert not isinstance(models.build_teacher(given.replace(images="data"), data), OwnInput)
     same = load_data(DATA.replace(mean=MEAN, std=STD, image_size=SIZE))
     assert not isinstance(models.build_teacher(given, same), OwnInput)
 
@@ -249,7 +246,7 @@ def test_several_teachers_have_images_each(teacher_run, tmp_path):
         ({"mean": (0.3, 0.4, 0.5000001)}, 2),
         ({"std": (0.5, 0.25, 0.3)}, 2),
         ({"image_size": 12}, 2),
-        ({"images": "data", **dict.fromkeys(OWN)}, 2),
+        (dict.fromkeys(OWN), 2),
     ],
 )
 def test_a_cache_is_of_one_preparation(tmp_path, teacher_run, changes, files):
@@ -291,8 +288,6 @@ def test_a_run_resumes_exactly(student_run, teacher_run, tmp_path):
     assert files[0] == files[1]
     with pytest.raises(ConfigError, match="with another teacher"):
         train(c.replace(teacher={"image_size": 20}), resume=True)
-    with pytest.raises(ConfigError, match="with another teacher"):
-        train(c.replace(teacher={"images": "data"}), resume=True)
 
 
 @pytest.mark.parametrize("size", [8, 40])
@@ -356,7 +351,6 @@ def test_the_first_lines_of_a_run_have_the_values():
         ({"teacher": {"mean": (0.5, 2, 0.5)}}, "teacher.mean.1: Input should be less than or equal to 1"),
         ({"teacher": {"image_size": 0}}, r"teacher.image_size: Input should be greater than or equal to 1"),
         ({"teacher": {"image_size": -5}}, r"teacher.image_size: .*\(got -5\)"),
-        ({"teacher": {"images": "mine"}}, "teacher.images: Input should be 'own' or 'data'"),
         (
             {"student": {"std": STD}},
             "student.std: a student's images are the data's; allowed: None, and data.std",

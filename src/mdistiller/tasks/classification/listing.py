@@ -1,7 +1,6 @@
 """Properties of models, and of methods: what each one reads, taps and trains besides the student."""
 
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+import torch
 
 from mdistiller.methods import LogitMethod, Method, get_method
 from mdistiller.methods.base import Example, declares_taps, own_example
@@ -20,19 +19,9 @@ Detectors, those of transformers included: --task detection""",
 }
 
 
-class _WithoutDraws(TorchFunctionMode):
-    """Leaves out the random draws of weights, which take most of a model's construction."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        if func in (Tensor.normal_, Tensor.uniform_, nn.init.kaiming_uniform_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
 def describe_models() -> list[Line]:
     """Lists the models with their numbers of parameters, for 100 classes."""
-    with _WithoutDraws():
+    with torch.device("meta"):  # no memory, and no random draws
         return [
             {"name": name, "parameters": sum(p.numel() for p in create_model(name, 100).parameters())}
             for name in list_models()

@@ -124,7 +124,7 @@ def own_input(teacher: ModelConfig) -> InputConfig:
 
     They are those in its config, then those of its weights.
     """
-    known = _input_of_weights(teacher) if teacher.images == "own" else InputConfig()
+    known = _input_of_weights(teacher)
     return InputConfig(
         teacher.mean or known.mean, teacher.std or known.std, teacher.image_size or known.image_size
     )
@@ -238,26 +238,19 @@ def fit_stored(teacher: StoredTeacher, source: object, data: Splits) -> StoredTe
     return teacher.fit(data.train, places)
 
 
-def check_statistics(config: ClassificationConfig, teacher: nn.Module | None, splits: Splits) -> None:
-    """Warns about a model that gets images of another mean and standard deviation than it was trained on.
+def check_statistics(config: ClassificationConfig, splits: Splits) -> None:
+    """Warns about a pretrained student that gets images of other mean and deviation than it was trained on.
 
-    It is a student with pretrained weights (one from a run is trained further, and adapts), or a teacher
-    whose config asks for the data's images.
+    One from a run is trained further, and adapts.
     """
-    data = tuple(splits.mean), tuple(splits.std)
-    found = []
     student = _input_of_weights(config.student)
-    if config.student.checkpoint is None and student.mean and student.std and student[:2] != data:
+    if config.student.checkpoint is not None or not (student.mean and student.std):
+        return
+    if student[:2] != (tuple(splits.mean), tuple(splits.std)):
         mean, std = (" ".join(map(str, three)) for three in (student.mean, student.std))
-        found.append((config.student.name, f"data.mean {mean} and data.std {std}"))
-    for given in config.teachers if teacher is not None else ():
-        own, used = (own_input(given.replace(images=images)) for images in ("own", given.images))
-        if (own.mean or data[0], own.std or data[1]) != (used.mean or data[0], used.std or data[1]):
-            found.append((given.name, "teacher.images own"))
-    for name, fields in found:
         warnings.warn(
-            f"{name} was trained on images of other mean and standard deviation than the data's "
-            f"{splits.mean} and {splits.std}; for those: {fields}",
+            f"{config.student.name} was trained on images of other mean and standard deviation than the "
+            f"data's {splits.mean} and {splits.std}; for those: data.mean {mean} and data.std {std}",
             stacklevel=2,
         )
 

@@ -150,7 +150,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
     def build_method(
         self, config: ClassificationConfig, student: nn.Module, teacher: nn.Module | None, data: Splits
     ) -> Method:
-        models.check_statistics(config, teacher, data)
+        models.check_statistics(config, data)
         name = config.method.method_name
         reads = teacher is not None and reads_logits(name, config.method_class)
         if teacher is not None and reads and not models.has_logits(teacher, data):

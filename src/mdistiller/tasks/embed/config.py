@@ -39,7 +39,7 @@ class EmbedConfig(ClassificationConfig):
     }
     hidden_flags = (
         *(*ClassificationConfig.hidden_flags, *fixed),
-        *(f"data.{name}" for name in ("label_column", "label_noise", "multi_label", "ignored")),
+        *(f"data.{name}" for name in ("label_column", "label_noise", "multi_label")),
     )
     metrics: ClassVar[tuple[str, ...]] = ("agreement", "loss")
     headline = Metric(

@@ -97,8 +97,10 @@ class ClassifierOutputs(RunOutputs):
         for student in students:
             found: dict[str, float] = {}
             if not self.is_multi_label:
+                with suppress(DataError):  # too few images
+                    found |= separability(student.features, student.label)._asdict()
                 logits = None if teacher is None else teacher.logits
-                found = _separation(student) | diagnose(student.logits, logits, student.label)
+                found |= diagnose(student.logits, logits, student.label)
             if teacher is not None:
                 difference = correlation_difference(student.logits, teacher.logits)
                 found["correlation"] = off_diagonal_mean(difference)
@@ -121,13 +123,6 @@ class ClassifierOutputs(RunOutputs):
         hit = (outputs.logits.argmax(1) == label).double()
         sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, label, hit)
         return (100 * sums / label.bincount(minlength=classes)).numpy()
-
-
-def _separation(student: Collected) -> dict[str, float]:
-    try:
-        return separability(student.features, student.label)._asdict()
-    except DataError:  # too few images
-        return {}
 
 
 def run_models(rows: PageRows, images: int, device: str = "auto") -> ClassifierOutputs:
