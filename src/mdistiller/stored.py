@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mdistiller.data import ImageSet, StreamSet
 from mdistiller.data.encoded import EncodedSet, some
+from mdistiller.data.hf import read_column
 from mdistiller.data.lists import PATH_COLUMNS
 from mdistiller.errors import ConfigError, DataError, MDistillerError, MissingPackageError
 from mdistiller.teacher import Teacher
@@ -244,14 +245,21 @@ def read_outputs(path: Path, classes: int | None = None) -> StoredTeacher:
     """Reads a .npz, .safetensors or .parquet file with the entries of a `StoredTeacher`.
 
     In Parquet they are columns; `path` and `output`, from `mdistiller predict --out`, are names and logits.
+    FOLDER:COLUMN reads the logits in a column of the training split of a data set of `datasets`.
 
     Raises:
         ConfigError: another suffix, or entries that a `StoredTeacher` refuses.
         DataError: a file that is missing or unreadable.
     """
+    folder, _, column = str(path).rpartition(":")
+    if folder and Path(folder).is_dir():
+        return StoredTeacher(read_column(Path(folder), column))
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise ConfigError(f"teacher_outputs: got {path}; allowed are files {', '.join(readers)}")
+        raise ConfigError(
+            f"teacher_outputs: got {path}; allowed are files {', '.join(readers)}, and "
+            "FOLDER:COLUMN of a data set of `datasets`"
+        )
     try:
         outputs = readers[path.suffix](path)
     except MDistillerError:

@@ -1,9 +1,15 @@
 """`--teacher-outputs FILE`: a teacher whose outputs were computed elsewhere."""
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 from PIL import Image
 
 import mdistiller
+from mdistiller.data import DataConfig, load_data
+from mdistiller.errors import DataError
+from mdistiller.stored import image_names, read_outputs
 
 
 def test_the_command_trains_from_a_file(cli, tmp_path):
@@ -33,3 +39,23 @@ def test_the_command_trains_from_a_file(cli, tmp_path):
     done = cli(*args, "--teacher", "resnet20")
     assert done.code == 2
     assert "in place of --teacher" in done.message
+
+
+def test_a_column_of_a_hugging_face_set_has_the_outputs(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((12, 3)).astype(np.float32)
+    columns = {
+        "image": [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(12)],
+        "label": [i % 3 for i in range(12)],
+        "teacher": logits.tolist(),
+    }
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "set")
+    data = DataConfig(kind="hf", root=tmp_path / "set", image_size=16, train_limit=6)
+    splits = load_data(data)
+    chosen = [int(name.rpartition(" ")[2]) for name in image_names(splits.train)]
+    teacher = read_outputs(Path(f"{tmp_path / 'set'}:teacher"), 3).fit(splits.train)
+    np.testing.assert_array_equal(teacher.stored.row_logits.numpy(), logits[chosen])
+    with pytest.raises(DataError, match="no column 'techer'; columns there: image, label, teacher"):
+        read_outputs(Path(f"{tmp_path / 'set'}:techer"), 3)

@@ -74,7 +74,7 @@ class TrainCommand(Command):
     """Start the student from the pretrained weights of timm or torchvision."""
     teacher_outputs: Path | None = None
     """Outputs of the teacher for the training images, computed elsewhere: .npz, .safetensors or .parquet, see
-    `StoredTeacher`. The recipe may then be FAMILY.METHOD.STUDENT."""
+    `StoredTeacher`; or FOLDER:COLUMN of data of kind hf. The recipe may then be FAMILY.METHOD.STUDENT."""
     resume: bool = False
     """Resume from the last state in the run folder."""
     seeds: int | None = None

@@ -83,6 +83,19 @@ def load_hf(config: DataConfig) -> Splits:
     return make_splits(first, second, classes, f"images of the data set in {config.root}")
 
 
+def read_column(root: Path, column: str) -> dict[str, object]:
+    """Reads logits in a column of the training split, with the names of its rows.
+
+    Raises:
+        MissingPackageError, DataError: as `load_hf`.
+    """
+    rows = _open(root).get("train")
+    there = [] if rows is None else rows.column_names
+    if rows is None or column not in there:
+        raise DataError(f"{root}: split train has no column {column!r}; columns there: {some(there)}")
+    return {"logits": np.array(rows[column]), "names": [f"train/row {i}" for i in range(len(rows))]}
+
+
 def _open(root: Path) -> "dict[str, Dataset]":
     """Opens a data set, memory-mapped, as its splits by name."""
     try:
