@@ -173,6 +173,33 @@ class Run:
         with self.objects.known():
             return export_student(self.folder, format, **options)[0]
 
+    def push_to_hub(
+        self, repo: str, *, private: bool | None = None, license: str | None = None, **options: Any
+    ) -> str:
+        """Exports the student to the Hugging Face Hub, and returns its address, hf://USER/REPO@COMMIT.
+
+        Args:
+            repo: USER/REPO, created if it does not exist. huggingface_hub needs a token that may write to it.
+            private: whether a new repository is private; None is the account's default. True refuses a public
+                repository.
+            license: the Hub's identifier of the weights' license, such as mit.
+            options: those of `export` beside `out`.
+
+        Raises:
+            ConfigError: another form of name, a student that was given as a module, or huggingface_hub is not
+                installed.
+            CheckpointError: the Hub refuses the upload.
+        """
+        from mdistiller.deploy.hub import push_student
+
+        if self.config.student.name in self.objects.models:
+            raise ConfigError(
+                f"student: nobody else can build {self.config.student.name!r}, which was given as a module; "
+                "allowed: models by name, also registered ones (mdistiller.register_model)"
+            )
+        with self.objects.known():
+            return push_student(self.folder, repo, private=private, license=license, **options)
+
     def resume(self, *, reporter: Shown = None) -> "Run":
         """Continues the run from its last state to its end, and returns it."""
         with self.objects.known():

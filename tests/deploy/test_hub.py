@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from base64 import b64decode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 import mdistiller
 from mdistiller.deploy.hub import local_path
+from mdistiller.errors import ConfigError
 from mdistiller.models import create_model
 from mdistiller.models.weights import read_metadata
 
@@ -73,6 +75,16 @@ with contextlib.redirect_stdout(sys.stderr):
 data = {"kind": "digits", "train_limit": 60, "test_limit": 30}
 small = {"epochs": 1, "batch_size": 30, "device": "cpu", "layout": "contiguous", "out": folder + "/d"}
 found["teacher"] = str(mdistiller.distill("resnet8", address, data, "kd", **small).config.teacher.checkpoint)
+run = mdistiller.Run(folder + "/a")
+found["pushed"] = run.push_to_hub("me/new", license="mit", private=True, device="cpu")
+ours, theirs = load(folder + "/a").state_dict(), load("hf://me/new").state_dict()
+found["pushed is loaded"] = all(a.equal(b) for a, b in zip(ours.values(), theirs.values(), strict=True))
+found["again"] = mdistiller.Run(folder + "/resnet14").push_to_hub("me/new", evaluate=False)
+for repo in ("others/student", "me/student"):
+    try:
+        run.push_to_hub(repo, private=True, evaluate=False)
+    except mdistiller.errors.CheckpointError as error:
+        found["texts"][repo] = str(error)
 found["connections"] = sorted(set(connections))
 print(json.dumps(found))
 """
@@ -82,7 +94,7 @@ class Hub:
     """Repositories, each a list of commits: mappings from a file's path to its content."""
 
     def __init__(self):
-        self.repos, self.private, self.requests = {}, set(), []
+        self.repos, self.private, self.requests, self.large = {}, set(), [], {}
 
     def names(self, repo):
         return [hashlib.sha1(f"{repo}{i}".encode()).hexdigest() for i in range(len(self.repos[repo]))]
@@ -122,7 +134,8 @@ def handler(hub):
             if repo not in hub.repos or (repo in hub.private and not signed_in):
                 return self.missing("RepoNotFound", 404 if signed_in else 401)
             if asked_info:
-                return self.reply({"id": repo, "sha": hub.names(repo)[-1], "siblings": []})
+                about = {"id": repo, "sha": hub.names(repo)[-1], "siblings": []}
+                return self.reply(about | {"private": repo in hub.private})
             found = hub.find(repo, parts[3])
             if found is None:
                 return self.missing("RevisionNotFound")
@@ -131,6 +144,60 @@ def handler(hub):
             content = found[1]["/".join(parts[4:])]
             etag = f'"{hashlib.sha256(content).hexdigest()}"'
             return self.reply(content, ETag=etag, X_Repo_Commit=found[0], X_Linked_Size=str(len(content)))
+
+        def body(self):
+            return self.rfile.read(int(self.headers["Content-Length"]))
+
+        def do_PUT(self):
+            content = self.body()
+            hub.large[hashlib.sha256(content).hexdigest()] = content
+            self.reply()
+
+        def do_POST(self):
+            here, body = f"http://{self.headers['Host']}", self.body()
+            parts = self.path.strip("/").split("/")
+            if self.path == "/api/validate-yaml":
+                return self.reply({"errors": [], "warnings": []})
+            if self.headers.get("Authorization") != "Bearer hf_test":
+                return self.missing("RepoNotFound", 401)
+            if self.path == "/api/repos/create":
+                asked = json.loads(body)
+                repo = f"{asked['organization']}/{asked['name']}"
+                if not repo.startswith("me/"):
+                    return self.reply({"error": f"You have no right to create {repo}"}, 403)
+                asked_private = asked.get("private") or asked.get("visibility") == "private"
+                if asked_private and repo not in hub.repos:
+                    hub.private.add(repo)
+                status = 409 if repo in hub.repos else 200
+                hub.repos.setdefault(repo, [{}])
+                return self.reply({"url": f"{here}/{repo}", "name": repo}, status)
+            if parts[-2].startswith("preupload"):
+                large = {
+                    file["path"]: file["path"].endswith(".safetensors") for file in json.loads(body)["files"]
+                }
+                modes = [
+                    {"path": path, "uploadMode": "lfs" if large[path] else "regular", "shouldIgnore": False}
+                    for path in large
+                ]
+                return self.reply({"files": modes})
+            if self.path.endswith("/info/lfs/objects/batch"):
+                objects = [
+                    {**each, "actions": {"upload": {"href": f"{here}/large/{each['oid']}", "header": {}}}}
+                    for each in json.loads(body)["objects"]
+                ]
+                return self.reply({"transfer": "basic", "objects": objects})
+            assert parts[-2] == "commit"
+            repo = "/".join(parts[2:4])
+            files = dict(hub.repos[repo][-1])
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    files[value["path"]] = b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    files[value["path"]] = hub.large[value["oid"]]
+            hub.repos[repo].append(files)
+            oid = hub.names(repo)[-1]
+            return self.reply({"success": True, "commitOid": oid, "commitUrl": f"{here}/{repo}/commit/{oid}"})
 
         def do_HEAD(self):
             self.do_GET()
@@ -256,17 +323,27 @@ def test_a_repository_of_a_stranger_runs_nothing(used):
     assert (folder / "was_run").exists()
 
 
-def test_an_exports_card_is_the_hubs_model_card(used, tmp_path):
+def test_a_pushed_student_is_loaded_with_the_same_weights(used):
+    hub, found, _, folder = used
+    _, first, second = hub.repos["me/new"]
+    names = hub.names("me/new")
+    assert (found["pushed"], found["again"]) == tuple(f"hf://me/new@{name}" for name in names[1:])
+    assert found["pushed is loaded"]
+    assert first.keys() == second.keys() == {"README.md", "card.json", "model.safetensors"}
+    assert second["model.safetensors"] == (folder / "resnet14" / "student.safetensors").read_bytes()
+    assert "me/new" in hub.private
+
+
+def test_the_model_card_has_the_hubs_metadata(used):
     from huggingface_hub import ModelCard
 
-    run = mdistiller.Run(used[3] / "a")
-    card, other = (
-        ModelCard.load(each.export(out=tmp_path / each.folder.name, device="cpu") / "README.md")
-        for each in (run, mdistiller.Run(used[3] / "resnet14"))
-    )
+    hub, _, _, folder = used
+    run = mdistiller.Run(folder / "a")
+    card, other = (ModelCard(files["README.md"].decode()) for files in hub.repos["me/new"][1:])
     found = card.data.to_dict()
     (result,) = found.pop("model-index")[0]["results"]
     assert found == {
+        "license": "mit",
         "library_name": "mdistiller",
         "tags": ["knowledge-distillation", "kd"],
         "pipeline_tag": "image-classification",
@@ -274,7 +351,31 @@ def test_an_exports_card_is_the_hubs_model_card(used, tmp_path):
     assert result["dataset"] == {"type": "digits", "name": "digits"}
     metric = {"type": "top1", "name": run.config.main_metric().title, "value": run.summary["last"]["top1"]}
     assert result["metrics"] == [metric]
-    assert other.data.tags is None
+    assert 'mdistiller.load_student("hf://me/new")' in card.text
+    assert (other.data.license, other.data.tags) == (None, None)
+
+
+def test_a_refused_upload_is_one_error(used):
+    hub, found, _, _ = used
+    refused = found["texts"]["others/student"]
+    assert refused.startswith("others/student cannot be written: HfHubHTTPError: 403")
+    assert "You have no right to create others/student" in refused
+    public = "me/student cannot be written: PermissionError: the repository is public"
+    assert found["texts"]["me/student"] == public
+    assert len(hub.repos["me/student"]) == 2
+
+
+@pytest.mark.parametrize("repo", ["student", "me/student@main", "hf://me/student"])
+def test_a_wrong_name_is_refused_before_the_export(used, repo):
+    with pytest.raises(ConfigError, match="allowed: USER/REPO"):
+        mdistiller.Run(used[3] / "a").push_to_hub(repo)
+
+
+def test_a_module_is_refused_because_nobody_else_can_build_it(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 10))
+    run = mdistiller.distill(model, None, DATA, "none", out=tmp_path / "run", **SMALL)
+    with pytest.raises(ConfigError, match="nobody else can build 'given/Sequential'"):
+        run.push_to_hub("me/module")
 
 
 def test_other_words_are_left_as_they_are():

@@ -1,8 +1,10 @@
 """Students on the Hugging Face Hub: `hf://USER/REPO` and `hf://USER/REPO@REVISION`."""
 
 import re
+import tempfile
 from importlib import import_module
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -14,6 +16,16 @@ if TYPE_CHECKING:
     from mdistiller.deploy.predict import Card
 
 _SCHEME = "hf://"
+_REPO = r"[\w.-]+/[\w.-]+"
+_USE = """
+From the Hugging Face Hub:
+
+```python
+import mdistiller
+
+student = mdistiller.load_student("hf://{repo}")
+```
+"""
 
 
 def local_path(source: str) -> str:
@@ -28,18 +40,39 @@ def local_path(source: str) -> str:
     """
     if not source.startswith(_SCHEME):
         return source
-    match = re.fullmatch(rf"{_SCHEME}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
+    match = re.fullmatch(rf"{_SCHEME}({_REPO})(?:@([\w./-]+))?", source)
     if match is None:
         raise ConfigError(f"got {source!r}; allowed: hf://USER/REPO, hf://USER/REPO@REVISION")
-    try:
-        hub = import_module("huggingface_hub")
-    except ImportError as error:
-        raise MissingPackageError("the Hugging Face Hub", "huggingface_hub", "hub") from error
+    hub = _import_hub()
     try:
         path: str = hub.hf_hub_download(match[1], "model.safetensors", revision=match[2])
     except Exception as error:  # the HTTP library's errors have no common base
         raise CheckpointError(f"{source} cannot be read: {one_line(error)}") from error
     return path
+
+
+def push_student(
+    source: Path, repo: str, *, private: bool | None = None, license: str | None = None, **options: Any
+) -> str:
+    """Exports a student, as `export_student` with `options`, and uploads it; see `Run.push_to_hub`."""
+    from mdistiller.deploy.export import export_student  # it imports this module
+
+    if re.fullmatch(_REPO, repo) is None:
+        raise ConfigError(f"repo: got {repo!r}; allowed: USER/REPO")
+    hub = _import_hub()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, _ = export_student(source, "safetensors", out=Path(temporary) / "export", **options)
+        readme = folder / "README.md"
+        text = readme.read_text("utf-8") + _USE.format(repo=repo)
+        readme.write_text(f"---\nlicense: {license}\n{text[4:]}" if license else text, "utf-8")
+        try:
+            hub.create_repo(repo, private=private, exist_ok=True)
+            if private and not hub.model_info(repo).private:
+                raise PermissionError("the repository is public")
+            commit: str = hub.upload_folder(repo_id=repo, folder_path=folder).oid
+        except Exception as error:  # as for a download
+            raise CheckpointError(f"{repo} cannot be written: {one_line(error)}") from error
+    return f"{_SCHEME}{repo}@{commit}"
 
 
 def hub_metadata(card: "Card") -> str:
@@ -57,3 +90,10 @@ def hub_metadata(card: "Card") -> str:
         result = {"task": {"type": kind}, "dataset": data, "metrics": [metric]}
         fields["model-index"] = [{"name": card.model, "results": [result]}]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
+
+
+def _import_hub() -> Any:
+    try:
+        return import_module("huggingface_hub")
+    except ImportError as error:
+        raise MissingPackageError("the Hugging Face Hub", "huggingface_hub", "hub") from error
