@@ -270,16 +270,29 @@ def read_outputs(path: Path, classes: int | None = None) -> StoredTeacher:
 
 
 def write_outputs(path: Path, outputs: Mapping[str, Any]) -> None:
-    """Writes arrays with a row for each image to a Parquet file; `classes` goes into its metadata.
+    """Writes arrays with a row for each image to a .npz, .parquet or .safetensors file.
+
+    A safetensors file leaves out the names, so its rows must stay in the order of the training images.
 
     Raises:
-        ConfigError: a missing package, or a file that cannot be written.
+        ConfigError: another suffix, a missing package, or a file that cannot be written.
     """
     try:
-        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-        columns = {name: list(values) for name, values in outputs.items()}
-        about = {"classes": json.dumps(columns.pop("classes", None))}
-        parquet.write_table(arrow.table(columns, metadata=about), path)
+        if path.suffix == ".npz":
+            np.savez(path, **outputs)
+        elif path.suffix == ".safetensors":
+            from safetensors.numpy import save_file
+
+            arrays = {k: np.ascontiguousarray(v) for k, v in outputs.items() if k not in ("names", "classes")}
+            save_file(arrays, path, {"classes": json.dumps(outputs.get("classes"))})
+        elif path.suffix == ".parquet":
+            arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+            # Arrays in rows of their own type; Arrow takes those of one axis alone.
+            columns = {k: v.tolist() if np.ndim(v) > 2 else list(v) for k, v in outputs.items()}
+            about = {"classes": json.dumps(columns.pop("classes", None))}
+            parquet.write_table(arrow.table(columns, metadata=about), path)
+        else:
+            raise ConfigError(f"out: got {path}; allowed are files .npz, .safetensors, .parquet")
     except ImportError as error:
         raise MissingPackageError(f"out: {path}", "pyarrow", "parquet") from error
     except OSError as error:

@@ -7,6 +7,7 @@ from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
 from mdistiller.deploy.card import measured_rows
 from mdistiller.deploy.export import export_student
+from mdistiller.deploy.outputs import export_outputs
 from mdistiller.training.deployment import Format
 
 
@@ -26,12 +27,25 @@ class ExportCommand(Command):
     int8: bool = False
     """Quantize weights and activations to eight bits, with ranges from 200 training images of the run. Only
     with --format onnx, for classifiers."""
+    teacher_outputs: Path | None = None
+    """Write the logits and features in the run's teacher cache to FILE.npz, FILE.parquet or FILE.safetensors,
+    which `train --teacher-outputs` reads, instead of exporting the student."""
+    view: int | None = None
+    """With --teacher-outputs: which augmented view of each image to write, from 0, where the cache has
+    several."""
+    top: int | None = None
+    """With --teacher-outputs: write log-probabilities of this many most likely classes only."""
     eval: bool = True
     """Evaluate the exported file, and the student, on the run's test set."""
     device: str = "auto"
     """Device of the evaluation: auto (a GPU if there is one), cpu, cuda or cuda:N. ONNX runs on the CPU."""
 
     def execute(self) -> None:
+        if self.teacher_outputs is not None:
+            rows = export_outputs(self.run, self.teacher_outputs, view=self.view, top=self.top)
+            line = {"out": str(self.teacher_outputs), "images": rows}
+            print(json.dumps(line) if self.as_json else f"{self.teacher_outputs}\n{rows:,} images")
+            return
         out, card = export_student(
             self.run,
             self.format,
