@@ -55,7 +55,7 @@ def test_export_as_text(cli, student_run, tmp_path):
     done = cli("export", run)
     assert done.code == 0, done.err
     folder = run / "export" / "student-safetensors"
-    first, second, measured, *_ = done.out.splitlines()
+    first, second, measured, *_, times = done.out.splitlines()
     assert first == str(folder)
     assert second.startswith(
         "largest difference to the student's outputs 0.0e+00 on inputs 2x3x16x16, 1x3x16x16, 3x3x16x16 ("
@@ -65,6 +65,7 @@ def test_export_as_text(cli, student_run, tmp_path):
         f"top1 of this file: {top1:.2f} % on 32 test images (the student {top1:.2f} %, difference +0.00; "
         "the same class for 100.00 %)"
     )
+    assert times.startswith("milliseconds an image: ")
     assert (folder / "model.safetensors").is_file()
     again = cli("export", run)
     assert (again.code, again.out) == (2, "")

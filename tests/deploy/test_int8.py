@@ -16,7 +16,7 @@ from torch import nn
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.int8 import quantize
-from mdistiller.deploy.predict import load_export
+from mdistiller.deploy.predict import Card, load_export
 from mdistiller.deploy.student import load_student
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
@@ -68,6 +68,9 @@ def test_every_format_is_measured(run, tmp_path, format):
     assert found.agreement == pytest.approx(100 * (predicted == own).double().mean().item())
     assert card.bytes == (out / card.file).stat().st_size
     assert not card.int8
+    assert set(card.speed.ms) == {1, 32}
+    assert card.speed.float_ms is None
+    assert card.speed.machine.threads == torch.get_num_threads()
     text = (out / "README.md").read_text()
     assert f"top1 of this file | {found.value:.2f} % on 60 test images" in text
     assert f"{card.macs / 1e6:,.1f} million for one image" in text
@@ -123,6 +126,8 @@ def test_int8(run, int8):
     assert (logits - expected).abs().mean() < 0.1 * expected.abs().mean()
     text = (out / "README.md").read_text()
     assert "onnx, int8" in text
+    assert set(card.speed.float_ms) == {1, 32}
+    assert f"(float32 {card.speed.float_ms[1]:.3g}) at batch 1, " in text
     assert str(run) not in str(graph) + (out / "card.json").read_text()
 
 
@@ -242,6 +247,17 @@ def test_a_test_set_that_is_not_there(run, tmp_path):
     assert load_export(out).card == card
     # Nothing is read, and nothing said, where no evaluation was asked for.
     assert export_student(copy, out=tmp_path / "other", evaluate=False)[1].measured is None
+
+
+def test_cards_of_earlier_versions_load(run, tmp_path):
+    out, card = export_student(run, out=tmp_path / "out", evaluate=False)
+    values = card.model_dump(mode="json")
+    for name in ("int8", "bytes", "macs", "measured", "speed"):
+        del values[name]
+    (out / "card.json").write_text(json.dumps(values))
+    loaded = load_export(out, "cpu").card
+    assert isinstance(loaded, Card)
+    assert (loaded.int8, loaded.measured, loaded.speed) == (False, None, None)
 
 
 def test_rounding_must_be_finite(run, tmp_path, monkeypatch):

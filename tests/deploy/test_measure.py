@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mdistiller.deploy.measure import count_macs, milliseconds
+from mdistiller.deploy.measure import Machine, Speed, count_macs, milliseconds
 from mdistiller.models import create_model
-from mdistiller.runs.environment import Machine
 
 
 def by_hand(model, image):
@@ -59,3 +58,4 @@ def test_words():
     one = Machine(cpu="A CPU", threads=1)
     assert str(one) == "A CPU, 1 thread"
     assert str(Machine(cpu="A CPU", threads=2)) == "A CPU, 2 threads"
+    assert str(Speed(machine=one, ms={1: 0.5, 32: 12.345})) == "0.5 at batch 1, 12.3 at batch 32"

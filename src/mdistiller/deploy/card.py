@@ -52,7 +52,7 @@ def _code(card: Card, deployment: Deployment) -> str:
 
 
 def measured_rows(card: Card) -> dict[str, str]:
-    """Returns rows for people about the exported file: its metric, size and operations."""
+    """Returns rows for people about the exported file: its metric, size and time."""
     rows, metric = {}, get_task(card.task).Config.main_metric()
     if (found := card.measured) is not None:
         same = "" if found.agreement is None else f"; the same class for {found.agreement:.2f} %"
@@ -65,6 +65,8 @@ def measured_rows(card: Card) -> dict[str, str]:
     if card.macs is not None:
         shape = "" if card.image_shape is None else f" of shape {list(card.image_shape)}"
         rows["multiply-accumulates"] = f"{card.macs / 1e6:,.1f} million for one image{shape}"
+    if card.speed is not None:
+        rows["milliseconds an image"] = f"{card.speed} ({card.speed.machine})"
     return rows
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.deploy.card import readme
 from mdistiller.deploy.int8 import CALIBRATION_IMAGES, quantize
-from mdistiller.deploy.measure import count_macs
+from mdistiller.deploy.measure import Speed, count_macs, milliseconds
 from mdistiller.deploy.predict import (
     CARD,
     FILES,
@@ -34,7 +34,7 @@ from mdistiller.deploy.student import StudentFile, open_student, run_config
 from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, one_line
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_student, write_text
-from mdistiller.runs.environment import environment
+from mdistiller.runs.environment import environment, this_machine
 from mdistiller.runs.folder import CONFIG, EMA_FILE, METRICS, read_metrics
 from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
 from mdistiller.training.distributed import pick_device
@@ -111,10 +111,7 @@ def export_student(
             if evaluate and config is not None:
                 with _unmeasured(path):
                     data = deployment.load_test_set(config)
-            image = deployment.example(ModelInput(**fields), 1, data)
-            if image is not None:
-                macs = count_macs(deployment.as_model(student), image)
-                fields |= {"macs": macs, "image_shape": tuple(image.shape)}
+            fields |= _cost(path, exported, deployment, ModelInput(**fields), student, data)
             if data is not None and config is not None:
                 with _unmeasured(path):
                     fields["measured"] = _measure(path, format, deployment, config, student, target, data)
@@ -127,7 +124,6 @@ def export_student(
                 parameters=sum(p.numel() for p in student.parameters()),
                 check=check,
                 int8=int8,
-                bytes=path.stat().st_size,
             )
             write_text(written / CARD, card.model_dump_json(indent=2) + "\n")
             write_text(written / "README.md", readme(card, deployment))
@@ -235,6 +231,25 @@ def _unmeasured(path: Path) -> Iterator[None]:
         yield
     except (MDistillerError, OSError) as error:
         warnings.warn(f"accuracy of {path.name}: not measured: {error}", stacklevel=4)
+
+
+def _cost(
+    path: Path, exported: Model, deployment: Deployment, fields: ModelInput, student: nn.Module, data: Any
+) -> Line:
+    """Returns the fields of a card about the cost of its file."""
+    models, unquantized = [exported], path.parent.with_name(_FLOAT)
+    if unquantized.is_file():
+        models.append(open_model(unquantized, "onnx", deployment, torch.device("cpu")))
+    cost: Line = {"bytes": path.stat().st_size}
+    found = ((n, deployment.example(fields, n, data)) for n in deployment.batches)
+    batches = {n: images for n, images in found if images is not None}
+    if batches:
+        times = [milliseconds([(model, images) for model in models], n) for n, images in batches.items()]
+        ms, *float_ms = (dict(zip(batches, row, strict=True)) for row in zip(*times, strict=True))
+        speed = Speed(machine=this_machine(), ms=ms, float_ms=float_ms[0] if float_ms else None)
+        macs = count_macs(deployment.as_model(student), batches[1])
+        cost |= {"macs": macs, "image_shape": tuple(batches[1].shape), "speed": speed}
+    return cost
 
 
 def _measure(

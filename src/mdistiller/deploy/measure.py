@@ -5,12 +5,28 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mdistiller.runs.environment import Machine
 from mdistiller.training.deployment import Model
 
 _ROUNDS = 3
+
+
+class Speed(BaseModel, frozen=True):
+    """Median milliseconds an image of a model, by batch size, on a machine."""
+
+    machine: Machine
+    ms: dict[int, float]
+    float_ms: dict[int, float] | None = None
+    """Times of the float32 graph that was quantized; None for other files."""
+
+    def __str__(self) -> str:
+        texts = {n: f"{ms:.3g}" for n, ms in self.ms.items()}
+        texts |= {n: f"{texts[n]} (float32 {ms:.3g})" for n, ms in (self.float_ms or {}).items()}
+        return ", ".join(f"{text} at batch {batch}" for batch, text in texts.items())
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
 from mdistiller.data.decoder import read_image
+from mdistiller.deploy.measure import Speed
 from mdistiller.deploy.student import open_student
 from mdistiller.errors import (
     CheckpointError,
@@ -106,9 +107,11 @@ class Card(ModelInput):
     macs: int | None = None
     """Multiply-accumulates for one image. None where the size of the images is not known."""
     image_shape: tuple[int, ...] | None = None
-    """Shape of the prepared image of `macs`."""
+    """Shape of the prepared image of `macs` and `speed`."""
     measured: Measured | None = None
     """None where the file was not evaluated."""
+    speed: Speed | None = None
+    """Time of the exported file. None as `macs`."""
 
 
 @dataclass(frozen=True)

@@ -577,6 +577,7 @@ def test_compare(runs, data, tmp_path, capsys, monkeypatch):
     assert rows[2]["bytes"] == (student / "student.safetensors").stat().st_size
     readme = (out / "README.md").read_text()
     assert markdown_text(f"{card.macs / 1e6:,.1f} million for one image of shape [3, 80, 64]") in readme
+    assert "| milliseconds an image | " in readme
     assert f"| size of the file | {rows[3]['bytes'] / 1e6:,.2f} MB |" in readme
     page = write_report([folder / "teacher", alone, student], tmp_path / "report.html").read_text()
     assert "Table of accuracy and cost" in page
