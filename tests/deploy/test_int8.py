@@ -249,17 +249,6 @@ def test_a_test_set_that_is_not_there(run, tmp_path):
     assert export_student(copy, out=tmp_path / "other", evaluate=False)[1].measured is None
 
 
-def test_cards_of_earlier_versions_load(run, tmp_path):
-    out, card = export_student(run, out=tmp_path / "out", evaluate=False)
-    values = card.model_dump(mode="json")
-    for name in ("int8", "bytes", "macs", "measured", "speed"):
-        del values[name]
-    (out / "card.json").write_text(json.dumps(values))
-    loaded = load_export(out, "cpu").card
-    assert isinstance(loaded, Card)
-    assert (loaded.int8, loaded.measured, loaded.speed) == (False, None, None)
-
-
 def test_rounding_must_be_finite(run, tmp_path, monkeypatch):
     from mdistiller.deploy import export
     from mdistiller.errors import MDistillerError
