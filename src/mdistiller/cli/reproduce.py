@@ -1,23 +1,21 @@
 """Command `mdistiller reproduce NAME`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-import mdistiller.analysis.experiment as experiments
-from mdistiller.api import train
+from mdistiller.analysis.experiment import finished_runs, run_of, write_table
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
+from mdistiller.cli.seeds import train_each
 from mdistiller.config import CompileMode, RunConfig
 from mdistiller.errors import ConfigError
 from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.recipes.experiments import Cell, Scale, Teacher, get_experiment, list_experiments
 from mdistiller.report import write_report
-from mdistiller.runs.folder import CONFIG
-from mdistiller.runs.progress import ProgressDisplay
+from mdistiller.types import Line
 
 _SUFFIXES = {
     "paper": "",
@@ -72,76 +70,64 @@ class ReproduceCommand(Command):
         if not self.name:
             raise ConfigError(f"reproduce needs an experiment. One of: {', '.join(list_experiments())}")
         experiment = get_experiment(self.name)
-        cells = _choose(experiment.cells(self.scale), self)
+        cells = self._choose(experiment.cells(self.scale))
         out = self.out if self.out is not None else Path("runs") / f"{self.name}-{self.scale}"
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out: cannot write to {out}: {error}") from error
-        cells = [cell._replace(config=_with_flags(cell.config, self)) for cell in cells]
-        needed = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
-        teachers = {key: path for key, t in needed.items() if (path := _weights(t, self, out)) is not None}
+        teachers = {cell.teacher.key: cell.teacher for cell in cells if cell.teacher is not None}
+        weights = {key: self._weights(teacher, out) for key, teacher in teachers.items()}
+        cells = [
+            cell._replace(config=self._with_flags(cell.config, cell.teacher and weights[cell.teacher.key]))
+            for cell in cells
+        ]
+        if self.run:  # the first seed of every cell before the second seed of any
+            train_each([run_of(cell, seed, out) for seed in range(self.seeds) for cell in cells])
         title, path = experiment.title + _SUFFIXES[self.scale], out / self.name
         line = f"mdistiller reproduce {self.name} --scale {self.scale} --seeds {self.seeds} "
         line += f"--precision {self.precision}"
-
-        def write() -> experiments.Table:
-            return experiments.write_table(path, title, line, experiments.results(out, cells, self.seeds))
-
-        missing = experiments.missing_runs(out, cells, self.seeds, teachers) if self.run else []
-        for words, config in missing:
-            print(words, file=sys.stderr)
-            _run_one(config)
-            write()
-        table = write()
-        if table.runs:
+        found = [
+            (cell, finished_runs([run_of(cell, seed, out) for seed in range(self.seeds)])) for cell in cells
+        ]
+        table = write_table(path, title, line, found)
+        if folders := [run.path for _, runs in found for run in runs]:
             page, device = path.with_suffix(".html"), self.device
-            write_report(table.runs, page, title=title, notes=table.notes, images=self.images, device=device)
+            write_report(folders, page, title=title, notes=table.notes, images=self.images, device=device)
         if self.as_json:
-            found = {"title": title, "rows": table.rows, "teachers": table.teachers, "out": str(out)}
-            print(json.dumps(found))
+            result = {"title": title, "rows": table.rows, "teachers": table.teachers, "out": str(out)}
+            print(json.dumps(result))
         else:
             print(path.with_suffix(".md").read_text(encoding="utf-8").rstrip())
 
+    def _choose(self, cells: list[Cell]) -> list[Cell]:
+        for name, field in (("pairs", "pair"), ("settings", "setting")):
+            chosen, known = getattr(self, name), {getattr(cell, field) for cell in cells}
+            unknown = [value for value in chosen if value not in known]
+            if unknown:
+                raise ConfigError(f"{name}: got {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+            cells = [cell for cell in cells if not chosen or getattr(cell, field) in chosen]
+        return cells
 
-def _run_one(config: RunConfig) -> None:
-    """Trains into `config.out`, or resumes there."""
-    resume = config.out is not None and (config.out / CONFIG).exists()
-    train(config, resume=resume, reporter=ProgressDisplay())
+    def _with_flags(self, config: RunConfig, teacher: Path | None = None) -> RunConfig:
+        changes: Line = {"precision": self.precision, "compile": self.compile, "device": self.device}
+        if self.teacher_cache is not None:
+            changes |= {"teacher_cache": self.teacher_cache, "teacher_views": self.teacher_views}
+        if teacher is not None:
+            changes["teacher"] = {"checkpoint": teacher}
+        return config.replace(data={"root": self.data_root}, **changes)
 
-
-def _choose(cells: list[Cell], c: ReproduceCommand) -> list[Cell]:
-    for name, field in (("pairs", "pair"), ("settings", "setting")):
-        chosen, known = getattr(c, name), {getattr(cell, field) for cell in cells}
-        unknown = [value for value in chosen if value not in known]
-        if unknown:
-            raise ConfigError(f"{name}: got {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
-        cells = [cell for cell in cells if not chosen or getattr(cell, field) in chosen]
-    return cells
-
-
-def _with_flags(config: RunConfig, c: ReproduceCommand) -> RunConfig:
-    changes: dict[str, object] = {"precision": c.precision, "compile": c.compile, "device": c.device}
-    if c.teacher_cache is not None:
-        changes |= {"teacher_cache": c.teacher_cache, "teacher_views": c.teacher_views}
-    return config.replace(data={"root": c.data_root}, **changes)
-
-
-def _weights(teacher: Teacher, c: ReproduceCommand, out: Path) -> Path | None:
-    """Returns a teacher's weights, which it trains if there are none; None for a pretrained teacher."""
-    if c.teachers is not None:
-        for candidate in (f"{teacher.key}.pt", f"{teacher.key}.safetensors", teacher.key):
-            if (c.teachers / candidate).exists():
-                return c.teachers / candidate
-    if teacher.config is None:
-        return None
-    folder = out / "teachers" / teacher.key
-    if not c.run:
-        if not (folder / STUDENT_FILE).exists():
-            raise ConfigError(f"teachers: no weights of {teacher.key}, and --no-run trains none")
+    def _weights(self, teacher: Teacher, out: Path) -> Path | None:
+        """Returns a teacher's weights, which are trained if there are none; None for a pretrained one."""
+        key = teacher.key
+        for name in (f"{key}.pt", f"{key}.safetensors", key) if self.teachers is not None else ():
+            if (self.teachers / name).exists():
+                return self.teachers / name
+        if teacher.config is None:
+            return None
+        folder = out / "teachers" / key
+        if self.run:
+            train_each([self._with_flags(teacher.config).replace(out=folder)])
+        elif not (folder / STUDENT_FILE).exists():
+            raise ConfigError(f"teachers: no weights of {key}, and --no-run trains none")
         return folder
-    print(f"teacher {teacher.key}: trained in {folder}", file=sys.stderr)
-    config = _with_flags(teacher.config, c).replace(out=folder)
-    if not experiments.is_finished(config):
-        _run_one(config)
-    return folder

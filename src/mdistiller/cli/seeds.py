@@ -1,8 +1,9 @@
-"""Runs of `mdistiller train RECIPE --seeds N`: one folder with a run a seed, and one report over them."""
+"""Several runs one after another, and those of `mdistiller train RECIPE --seeds N` with one report."""
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +32,26 @@ def configs_of_seeds(config: RunConfig, seeds: int) -> tuple[Path, list[RunConfi
     return folder, [config.replace(seed=seed, out=folder / f"s{seed}") for seed in numbers]
 
 
+def train_each(
+    configs: Sequence[RunConfig], reporter: Reporter | None = None, *, resume: bool = True
+) -> bool:
+    """Trains runs one after another; returns whether this is their main process.
+
+    With `resume`, finished runs stay and the others go on from their states.
+
+    Raises:
+        ConfigError: a folder holds another run.
+    """
+    is_main, left = True, [(n, one) for n, one in enumerate(configs, 1) if not (resume and is_finished(one))]
+    for number, one in left:
+        assert one.out is not None
+        if is_main:
+            print(f"run {number} of {len(configs)}: {one.out}", file=sys.stderr)
+        started = resume and (one.out / CONFIG).exists()
+        is_main = train(one, resume=started, reporter=reporter).path is not None
+    return is_main
+
+
 def train_seeds(
     config: RunConfig, seeds: int, reporter: Reporter, *, resume: bool = False, as_json: bool = False
 ) -> None:
@@ -39,16 +60,7 @@ def train_seeds(
     With `resume`, finished runs stay and the others go on from their states.
     """
     folder, configs = configs_of_seeds(config, seeds)
-    is_main = True
-    for number, one in enumerate(configs, 1):
-        assert one.out is not None
-        started = resume and (one.out / CONFIG).exists()
-        if started and is_finished(one):
-            continue
-        if is_main and len(configs) > 1:
-            print(f"seed {one.seed}, run {number} of {len(configs)}: {one.out}", file=sys.stderr)
-        is_main = train(one, resume=started, reporter=reporter).path is not None
-    if not is_main:
+    if not train_each(configs, reporter, resume=resume):
         return
     from mdistiller.report import try_report
     from mdistiller.report.runs import load_run, summarize
