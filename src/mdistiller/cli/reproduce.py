@@ -120,9 +120,10 @@ class ReproduceCommand(Command):
     def _weights(self, teacher: Teacher, out: Path) -> Path | None:
         """Returns a teacher's weights, which are trained if there are none; None for a pretrained one."""
         key = teacher.key
-        for name in (f"{key}.pt", f"{key}.safetensors", key) if self.teachers is not None else ():
-            if (self.teachers / name).exists():
-                return self.teachers / name
+        if self.teachers is not None:
+            for path in (self.teachers / f"{key}{suffix}" for suffix in (".pt", ".safetensors", "")):
+                if path.exists():
+                    return path
         if teacher.config is None:
             return None
         folder = out / "teachers" / key
