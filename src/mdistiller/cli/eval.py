@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Self
 from pydantic import Field, ValidationError
 
 from mdistiller.cli.flags import Positional
-from mdistiller.cli.options import Command, parse_command, values_after
+from mdistiller.cli.options import Command, parse_command
 from mdistiller.config import RunConfig
 from mdistiller.deploy.student import find_student, open_student, plugins_named, run_settings
 from mdistiller.errors import ConfigError
@@ -59,8 +59,8 @@ class EvalCommand(Command):
     @classmethod
     def parse(cls, args: Sequence[str]) -> Self:
         """Parses the model before the other flags: it chooses the task, and the task the flags."""
-        load_plugins(values_after(args, "--plugin"))
-        checkpoints = list(map(Path, values_after(args, "--checkpoint")))
+        first = cls.with_own_flags(args)
+        load_plugins(first.plugin)
         name = next(iter(args), "-")
         if name.startswith("-"):
             config = get_task(DEFAULT_TASK).Config.model_validate(_PLAIN)
@@ -70,7 +70,7 @@ class EvalCommand(Command):
                 raise ConfigError(
                     f"eval needs a run folder, or a model and --checkpoint FILE; see {cls.prog()} --help"
                 )
-        found = _find_model(name, next(reversed(checkpoints), None))
+        found = _find_model(name, first.checkpoint)
         default = cls(
             model=name,
             data=found.config.data_settings or Settings(),
