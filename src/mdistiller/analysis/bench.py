@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -47,26 +47,25 @@ class Bench:
     """Trainers of several methods for one pair of models, and their times.
 
     Args:
-        configs: the runs by row name; they share data, student and batch size.
+        configs: the runs with their rows' names, plain training first; they share data, student and batch
+            size.
         cached: names of rows that get a second row, with a full teacher cache in place of the teacher. The
             stored values are zeros, since only the look-up is timed.
         teacher: each row has a copy.
         turn: steps of a turn, see `steps_ahead`.
-        built: called with the number of configs that are built, after each.
     """
 
-    configs: dict[str, RunConfig]
+    configs: Iterable[tuple[str, RunConfig]]
     cached: Sequence[str]
     splits: Splits
     teacher: nn.Module
     turn: int
     world: World
-    built: Callable[[int], None] = field(default=lambda number: None)
     _rows: dict[str, _Row] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.teacher = self.teacher.to(self.world.device).eval()
-        for number, (name, config) in enumerate(self.configs.items(), 1):
+        for name, config in self.configs:
             self._add(name, config)
             distiller = self._rows[name].trainer.distiller
             reads_logits = distiller.asked is not None and not distiller.method.teacher_taps
@@ -74,7 +73,6 @@ class Bench:
                 folder = Path(tempfile.mkdtemp())
                 weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
                 self._add(f"{name}, cache", config.replace(teacher_cache=folder, teacher_views=1))
-            self.built(number)
 
     def _add(self, name: str, config: RunConfig) -> None:
         device = self.world.device
@@ -118,10 +116,10 @@ class Bench:
         loader = self._rows[PLAIN].source.loader
         return (raw for epoch in count() for raw in loader.epoch(epoch))
 
-    def run(self, rounds: int, done: Callable[[int], None]) -> None:
-        """Times one turn of each row per round, and calls `done` with the number of each finished round."""
+    def run(self, rounds: Iterable[int]) -> None:
+        """Times one turn of each row per round."""
         batches = self.batches()
-        for number in range(1, rounds + 1):
+        for _ in rounds:
             turn = list(islice(batches, self.turn))
             for row in self._rows.values():
                 self._synchronize()
@@ -129,7 +127,6 @@ class Bench:
                 self._steps(row, turn)
                 self._synchronize()
                 row.times.append(1000 * (time.perf_counter() - start) / self.turn)
-            done(number)
 
     def rows(self, warmup: int) -> list[Line]:
         """Returns a row for each name, without the times of the first `warmup` turns."""

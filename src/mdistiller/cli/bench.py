@@ -9,7 +9,7 @@ import torch
 from mdistiller.analysis.bench import PLAIN, Bench, bench_table
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
-from mdistiller.cli.terminal import counted
+from mdistiller.cli.terminal import tracked
 from mdistiller.config import CompileMode, RunConfig
 from mdistiller.data import Splits
 from mdistiller.errors import ConfigError
@@ -70,10 +70,9 @@ class BenchCommand(Command):
             configs = {name: config.replace(max_steps=turn * self.rounds) for name, config in configs.items()}
             torch.manual_seed(0)
             teacher = task.build_model(configs[PLAIN], ModelConfig(name=split_pair(self.pair)[0]), splits)
-            with counted("building, method", len(configs)) as built:
-                bench = Bench(configs, self.cached, splits, teacher, turn, world, built)
-            with counted("round", self.rounds) as done:
-                bench.run(self.rounds, done)
+            named = tracked("building", list(configs.items()))
+            bench = Bench(named, self.cached, splits, teacher, turn, world)
+            bench.run(tracked("round", range(self.rounds)))
             rows = bench.rows(self.warmup)
         names = ("rounds", "warmup", "batch_size", "precision", "compile", "images")
         settings = {name: getattr(self, name) for name in names}

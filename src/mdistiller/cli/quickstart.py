@@ -14,7 +14,7 @@ from pydantic import Field
 
 from mdistiller.api import train
 from mdistiller.cli.options import Command
-from mdistiller.cli.terminal import counted, print_table
+from mdistiller.cli.terminal import print_table, tracked
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import quickstart as recipe
 from mdistiller.report import table, write_report
@@ -57,11 +57,9 @@ class QuickstartCommand(Command):
             for method in recipe.METHODS:
                 name = f"{'baseline' if method == 'none' else method}-s{seed}"
                 configs[name] = recipe.student(method, seed, out / "teacher", out / name)
-        with counted("run", len(configs)) as done:
-            for i, (name, config) in enumerate(configs.items(), 1):
-                last = train(config, reporter=False).summary["last"]
-                print(f"{name:11} test {last['top1']:5.1f} %", file=sys.stderr)
-                done(i)
+        for name, config in tracked("run", list(configs.items())):
+            last = train(config, reporter=False).summary["last"]
+            print(f"{name:11} test {last['top1']:5.1f} %", file=sys.stderr)
         folders = [config.out for config in configs.values() if config.out is not None]
         title = "Quickstart: distilling a digit classifier"
         print(f"writing the report about {len(folders)} runs …", file=sys.stderr)
