@@ -226,7 +226,7 @@ EXAMPLES = {
 }
 # The tables of papers, and what they consist of; pages about all methods; pages that `make docs` writes.
 TABLES = ("src/mdistiller/recipes/", "tests/recipes/", "docs/results/", "docs/experiments.md")
-TABLES += ("src/mdistiller/analysis/experiment.py", "src/mdistiller/tasks/classification/")
+TABLES += ("src/mdistiller/cli/reproduce.py", "src/mdistiller/tasks/classification/")
 TABLES += (
     "tests/methods/test_promises.py",
     "benchmarks/official_cases.py",

@@ -425,12 +425,7 @@ def with_choices(config: RunConfig, choices: Mapping[str, str | float]) -> RunCo
 
 
 def with_choices_of(config: RunConfig, other: RunConfig) -> RunConfig:
-    """Returns a config with the values of another one in place of `auto`, and of a method's None.
-
-    The teacher gets the data's images if the other one's does, as in runs of earlier versions.
-    """
-    if config.teacher is not None and other.teacher is not None and other.teacher.images == "data":
-        config = config.replace(teacher={"images": "data"})
+    """Returns a config with the values of another one in place of `auto`, and of a method's None."""
     names = [*open_fields(config), *(f"method.{name}" for name in unset(config.method))]
     found = {name: value for name in names if (value := find_field(other, name)) is not None}
     return config.replace(**unflatten(found)) if found else config

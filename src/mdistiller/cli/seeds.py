@@ -7,12 +7,37 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mdistiller.analysis.experiment import is_finished
 from mdistiller.api import train
 from mdistiller.config import RunConfig
-from mdistiller.errors import ConfigError
-from mdistiller.runs.folder import CONFIG, free_folder
+from mdistiller.errors import ConfigError, DataError
+from mdistiller.report.runs import RunRecord, load_run, summarize
+from mdistiller.runs.folder import CONFIG, check_resumable, free_folder
 from mdistiller.runs.progress import Reporter
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run in `config.out` is finished.
+
+    Raises:
+        ConfigError: the folder holds another run.
+    """
+    assert config.out is not None
+    if not (config.out / CONFIG).exists():
+        return False
+    check_resumable(config, same_precision=True)
+    return bool(finished_runs([config]))
+
+
+def finished_runs(configs: Sequence[RunConfig]) -> list[RunRecord]:
+    """Reads the runs of some configs, those that are finished."""
+    found = []
+    for config in configs:
+        assert config.out is not None
+        try:
+            found.append(load_run(config.out))
+        except DataError:
+            continue
+    return [run for run in found if run.summary is not None]
 
 
 def configs_of_seeds(config: RunConfig, seeds: int) -> tuple[Path, list[RunConfig]]:
@@ -63,7 +88,6 @@ def train_seeds(
     if not train_each(configs, reporter, resume=resume):
         return
     from mdistiller.report import try_report
-    from mdistiller.report.runs import load_run, summarize
 
     folders = [one.out for one in configs if one.out is not None]
     report = try_report(folders, folder / "report.html")

@@ -1,33 +1,9 @@
-"""Output to terminals: characters that the encoding lacks, and progress of a loop."""
+"""Output to terminals: tables, and progress of a loop."""
 
-import codecs
-import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-
-_HANDLER = "mdistiller"
-_ASCII = {
-    **{"→": "->", "…": "...", "–": "-", "—": "-", "−": "-", "×": "x", "±": "+/-", "≤": "<=", "≥": ">="},
-    **{"α": "alpha", "β": "beta", "γ": "gamma", "Δ": "delta", "Σ": "sum", "μ": "u", "µ": "u", "·": "*"},
-    **{"│": "|", "─": "-", "━": "-", "╭": "+", "╮": "+", "╰": "+", "╯": "+", "’": "'", "✓": "ok", "✗": "x"},
-}
-
-
-def _replace(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    return "".join(_ASCII.get(c, "?") for c in error.object[error.start : error.end]), error.end
-
-
-def soften_streams() -> None:
-    """Lets stdout and stderr write a likeness of characters that their encoding lacks, such as `->`."""
-    codecs.register_error(_HANDLER, _replace)
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)  # not of every replacement, such as a notebook's
-        if reconfigure is not None:
-            reconfigure(errors=_HANDLER)
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
