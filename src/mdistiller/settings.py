@@ -29,11 +29,6 @@ class Settings(BaseModel):
     relative_paths: ClassVar[tuple[str, ...]] = ()
     """Fields whose paths are relative to another field, not to the working directory."""
 
-    @classmethod
-    def hidden_in(cls, field: str) -> tuple[str, ...]:
-        """Returns the names without a flag among the settings in a field."""
-        return tuple(name[len(field) + 1 :] for name in cls.hidden_flags if name.startswith(f"{field}."))
-
     def replace(self, **changes: object) -> Self:
         """Returns a copy with some fields changed, validated as if it came from a file.
 
