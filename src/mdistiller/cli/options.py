@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -44,7 +44,7 @@ class Command(Settings):
         """Returns the command with the flags of its own fields, which choose the others; not validated."""
         own = [flag for flag in list_flags(cls) if len(flag.path) == 1]
         values = _read_words(own, args, strict=False)
-        return cls.model_construct(**{name: value for (name,), value in values.items()})
+        return cast(Self, cls.model_construct(**{name: value for (name,), value in values.items()}))
 
     def execute(self) -> None:
         """Does the work."""
