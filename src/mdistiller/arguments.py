@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mdistiller.config import SELF, RunConfig
@@ -25,7 +24,7 @@ from mdistiller.models.own_input import find_input
 from mdistiller.models.registry import GIVEN, given_models
 from mdistiller.recipes import get_recipe, starts_pretrained
 from mdistiller.recipes.family import list_families
-from mdistiller.settings import explain
+from mdistiller.settings import validate
 from mdistiller.types import Line
 
 
@@ -84,10 +83,7 @@ def find_model(given: object, role: str, objects: Objects, images: object = None
         objects.models[name] = given
         return GivenTeacher(ModelConfig(name=name, **fields))
     if isinstance(given, Mapping | ModelConfig):
-        try:
-            found = GivenTeacher(ModelConfig.model_validate(given))
-        except ValidationError as error:
-            raise explain(error, role, values=given, kind=ModelConfig) from error
+        found = GivenTeacher(validate(ModelConfig, given, role))
     elif isinstance(given, Path) and not given.exists():
         raise ConfigError(f"{role}: {given} is no run folder or student's file")
     elif isinstance(given, str | Path):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Self, TypeGuard, get_args, get_origin
+from typing import Annotated, ClassVar, Self, TypeGuard, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -39,11 +39,7 @@ class Settings(BaseModel):
         Raises:
             ConfigError: an unknown field (the message has the nearest names) or a wrong value.
         """
-        values = self.merge(changes)
-        try:
-            return type(self).model_validate(values)
-        except ValidationError as error:
-            raise explain(error, self.label(), values=values, kind=type(self)) from error
+        return validate(type(self), self.merge(changes), self.label())
 
     def label(self) -> str:
         """Returns the subject of an error about these settings."""
@@ -115,6 +111,17 @@ def _absolute(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(map(_absolute, value))
     return value.absolute() if isinstance(value, Path | Settings) else value
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(kind: type[M], values: object, source: str, prefix: str = "") -> M:
+    """Returns values as a model; raises the ConfigError of `explain` for wrong ones."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, source, prefix, values, kind) from error
 
 
 def explain(

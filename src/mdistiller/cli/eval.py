@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command, parse_command
@@ -18,7 +18,7 @@ from mdistiller.methods import load_plugins
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import STUDENT_FILE, read_metadata
 from mdistiller.runs.folder import CONFIG, RunFolder
-from mdistiller.settings import Settings, explain
+from mdistiller.settings import Settings, validate
 from mdistiller.training.distributed import process_group
 from mdistiller.training.task import DEFAULT_TASK, AnyTask, get_task, task_of_model
 from mdistiller.types import Line
@@ -89,10 +89,8 @@ class EvalCommand(Command):
             changes["data"] = self.data
         # Not `replace`: what a run requires of its precision does not matter here.
         config = found.model_copy(update=changes)
-        try:
-            model = ModelConfig(name=found.student.name, checkpoint=source, options=self.options)
-        except ValidationError as error:
-            raise explain(error, "options", "--") from error
+        fields = {"name": found.student.name, "checkpoint": source, "options": self.options}
+        model = validate(ModelConfig, fields, "options", "--")
         folder = source if os.path.isdir(source) else source.parent
         with process_group(self.device) as world, plugins_named(folder):
             metrics = task.evaluate(config, model, world, self.predictions)

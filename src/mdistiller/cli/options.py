@@ -11,7 +11,7 @@ from mdistiller.cli.help import HELP_WORDS, help_text
 from mdistiller.config import TeacherConfig
 from mdistiller.errors import ConfigError, nearest_fields, nearest_names
 from mdistiller.methods import MethodConfig, load_plugins
-from mdistiller.settings import Settings, explain, is_settings
+from mdistiller.settings import Settings, explain, is_settings, validate
 from mdistiller.types import Line
 
 S = TypeVar("S", bound=Settings)
@@ -81,11 +81,8 @@ def parse_command(kind: type[S], args: Sequence[str], prog: str, default: S | No
         old = getattr(default, name, None)
         part = type(old) if isinstance(old, BaseModel) else info.annotation
         if is_settings(part) and name in values:
-            try:
-                values[name] = part.model_validate(values[name])
-            except ValidationError as error:
-                prefix = "--" if arg_of(info).name == "" else f"--{name}."
-                raise explain(error, "options", prefix) from error
+            prefix = "--" if arg_of(info).name == "" else f"--{name}."
+            values[name] = validate(part, values[name], "options", prefix)
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from mdistiller.api import train
 from mdistiller.config import RunConfig
@@ -40,23 +39,6 @@ def finished_runs(configs: Sequence[RunConfig]) -> list[RunRecord]:
     return [run for run in found if run.summary is not None]
 
 
-def configs_of_seeds(config: RunConfig, seeds: int) -> tuple[Path, list[RunConfig]]:
-    """Returns the folder of the runs and their configs; the seeds count up from the config's.
-
-    Raises:
-        ConfigError: fewer than one seed; several processes without a named folder; a folder that is a run.
-    """
-    if seeds < 1:
-        raise ConfigError(f"seeds: got {seeds}; allowed: 1 or more")
-    if config.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("out: several processes need a named folder with --seeds; give --out DIR")
-    folder = config.out or free_folder(f"{config.recipe or 'run'}-seeds")
-    if (folder / CONFIG).exists():
-        raise ConfigError(f"out: {folder} holds a run; allowed with --seeds is a folder for several runs")
-    numbers = range(config.seed, config.seed + seeds)
-    return folder, [config.replace(seed=seed, out=folder / f"s{seed}") for seed in numbers]
-
-
 def train_each(
     configs: Sequence[RunConfig], reporter: Reporter | None = None, *, resume: bool = True
 ) -> bool:
@@ -80,11 +62,22 @@ def train_each(
 def train_seeds(
     config: RunConfig, seeds: int, reporter: Reporter, *, resume: bool = False, as_json: bool = False
 ) -> None:
-    """Trains a config with several seeds, one after another, and writes `report.html` beside the runs.
+    """Trains a config with several seeds, counting up from its own, and writes `report.html` beside the runs.
 
     With `resume`, finished runs stay and the others go on from their states.
+
+    Raises:
+        ConfigError: fewer than one seed; several processes without a named folder; a folder that is a run.
     """
-    folder, configs = configs_of_seeds(config, seeds)
+    if seeds < 1:
+        raise ConfigError(f"seeds: got {seeds}; allowed: 1 or more")
+    if config.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("out: several processes need a named folder with --seeds; give --out DIR")
+    folder = config.out or free_folder(f"{config.recipe or 'run'}-seeds")
+    if (folder / CONFIG).exists():
+        raise ConfigError(f"out: {folder} holds a run; allowed with --seeds is a folder for several runs")
+    numbers = range(config.seed, config.seed + seeds)
+    configs = [config.replace(seed=seed, out=folder / f"s{seed}") for seed in numbers]
     if not train_each(configs, reporter, resume=resume):
         return
     from mdistiller.report import try_report
