@@ -19,6 +19,7 @@ from pydantic import Field
 from mdistiller.api import train
 from mdistiller.cli.options import Command
 from mdistiller.cli.terminal import print_table, tracked
+from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
 from mdistiller.recipes import get_recipe
 from mdistiller.report import table, write_report
@@ -34,7 +35,6 @@ _NEXT = (
 )
 # Columns of the table that fit in a terminal. The page has all columns.
 _SHOWN = ("run", "seeds", "last, %", "best, %", "Δ baseline", "seconds", "ms/step")
-
 
 _TEACHER, _STUDENT = "resnet20", "resnet8"
 IMAGES, LABEL_NOISE = 300, 0.4
@@ -67,17 +67,7 @@ class QuickstartCommand(Command):
             raise ConfigError(f"out: {out} is not empty; choose another folder")
         start = time.perf_counter()
         print(textwrap.fill(SETTING, 80, break_on_hyphens=False), file=sys.stderr)
-        configs = {"teacher": get_recipe(f"digits.teacher.{_TEACHER}").replace(epochs=8, out=out / "teacher")}
-        data = {"train_limit": IMAGES, "label_noise": LABEL_NOISE}
-        for seed in range(self.seeds):
-            config = get_recipe(f"digits.student.{_STUDENT}")
-            for name in ("baseline", "kd", "dkd"):
-                if name != "baseline":
-                    config = get_recipe(f"digits.{name}.{_TEACHER}_{_STUDENT}")
-                    config = config.replace(teacher={"checkpoint": out / "teacher"})
-                folder = out / f"{name}-s{seed}"
-                config = config.replace(data=data, epochs=15, seed=seed, out=folder, log_every=5)
-                configs[folder.name] = config
+        configs = runs_of(out, self.seeds)
         for name, config in tracked("run", list(configs.items())):
             last = train(config, reporter=False).summary["last"]
             print(f"{name:11} test {last['top1']:5.1f} %", file=sys.stderr)
@@ -104,3 +94,19 @@ class QuickstartCommand(Command):
             f"\n{textwrap.fill(found, 80)}\nreport: {report} ({seconds} in all)\nnext:{commands}",
             file=sys.stderr,
         )
+
+
+def runs_of(out: Path, seeds: int) -> dict[str, RunConfig]:
+    """Returns the runs by name: the teacher's, and of each seed the student's alone, with KD and with DKD."""
+    configs = {"teacher": get_recipe(f"digits.teacher.{_TEACHER}").replace(epochs=8, out=out / "teacher")}
+    data = {"train_limit": IMAGES, "label_noise": LABEL_NOISE}
+    for seed in range(seeds):
+        config = get_recipe(f"digits.student.{_STUDENT}")
+        for name in ("baseline", "kd", "dkd"):
+            if name != "baseline":
+                config = get_recipe(f"digits.{name}.{_TEACHER}_{_STUDENT}")
+                config = config.replace(teacher={"checkpoint": out / "teacher"})
+            folder = out / f"{name}-s{seed}"
+            config = config.replace(data=data, epochs=15, seed=seed, out=folder, log_every=5)
+            configs[folder.name] = config
+    return configs
