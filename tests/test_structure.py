@@ -29,7 +29,6 @@ LAYERS = [
     {"report"},
     {"tasks"},
     {"deploy"},
-    {"analysis"},
     {"api", "arguments"},
     {"integrations"},
     {"cli"},
@@ -75,11 +74,11 @@ def test_imports_go_downwards(path):
 
 
 TASKS = {path.parent.name for path in (SOURCE / "tasks").glob("*/__init__.py")}
-ABOVE_TASKS = [path for path in FILES if part(path) in ("recipes", "analysis", "cli")]
+ABOVE_TASKS = [path for path in FILES if part(path) in ("recipes", "cli")]
 
 
 @pytest.mark.parametrize("path", ABOVE_TASKS, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_recipes_analysis_and_commands_name_no_task(path):
+def test_recipes_and_commands_name_no_task(path):
     tree = ast.parse(path.read_text())
     assert not [name for name in imports(path) if name.startswith("mdistiller.tasks.")]
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
@@ -226,7 +225,7 @@ EXAMPLES = {
 }
 # The tables of papers, and what they consist of; pages about all methods; pages that `make docs` writes.
 TABLES = ("src/mdistiller/recipes/", "tests/recipes/", "docs/results/", "docs/experiments.md")
-TABLES += ("src/mdistiller/analysis/experiment.py", "src/mdistiller/tasks/classification/")
+TABLES += ("src/mdistiller/cli/reproduce.py", "src/mdistiller/tasks/classification/")
 TABLES += (
     "tests/methods/test_promises.py",
     "benchmarks/official_cases.py",

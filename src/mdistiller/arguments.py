@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mdistiller.config import SELF, RunConfig
@@ -21,12 +20,11 @@ from mdistiller.distiller import AnyMethod
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import Method, MethodConfig
 from mdistiller.models import ModelConfig
-from mdistiller.models.external import is_pretrained
 from mdistiller.models.own_input import find_input
 from mdistiller.models.registry import GIVEN, given_models
-from mdistiller.recipes import get_recipe
+from mdistiller.recipes import get_recipe, starts_pretrained
 from mdistiller.recipes.family import list_families
-from mdistiller.settings import explain
+from mdistiller.settings import validate
 from mdistiller.types import Line
 
 
@@ -62,7 +60,7 @@ def config_for(
         raise ConfigError(f"method: got {got}; allowed: a method's name, its config, or fields with `name`")
     own = student.model if isinstance(student.model, ModelConfig) else ModelConfig(name=student.model)
     if pretrained is None:
-        pretrained = own.checkpoint is not None or is_pretrained(own.options)
+        pretrained = starts_pretrained(own)
     if (teacher is None) != (name == "none"):
         raise ConfigError(
             f"teacher: got {'None' if teacher is None else 'one'} with method {name!r}; allowed: a teacher "
@@ -85,10 +83,7 @@ def find_model(given: object, role: str, objects: Objects, images: object = None
         objects.models[name] = given
         return GivenTeacher(ModelConfig(name=name, **fields))
     if isinstance(given, Mapping | ModelConfig):
-        try:
-            found = GivenTeacher(ModelConfig.model_validate(given))
-        except ValidationError as error:
-            raise explain(error, role, values=given, kind=ModelConfig) from error
+        found = GivenTeacher(validate(ModelConfig, given, role))
     elif isinstance(given, Path) and not given.exists():
         raise ConfigError(f"{role}: {given} is no run folder or student's file")
     elif isinstance(given, str | Path):

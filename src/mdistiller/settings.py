@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Self, TypeGuard, get_args, get_origin
+from typing import Annotated, ClassVar, Self, TypeGuard, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -29,11 +29,6 @@ class Settings(BaseModel):
     relative_paths: ClassVar[tuple[str, ...]] = ()
     """Fields whose paths are relative to another field, not to the working directory."""
 
-    @classmethod
-    def hidden_in(cls, field: str) -> tuple[str, ...]:
-        """Returns the names without a flag among the settings in a field."""
-        return tuple(name[len(field) + 1 :] for name in cls.hidden_flags if name.startswith(f"{field}."))
-
     def replace(self, **changes: object) -> Self:
         """Returns a copy with some fields changed, validated as if it came from a file.
 
@@ -44,11 +39,7 @@ class Settings(BaseModel):
         Raises:
             ConfigError: an unknown field (the message has the nearest names) or a wrong value.
         """
-        values = self.merge(changes)
-        try:
-            return type(self).model_validate(values)
-        except ValidationError as error:
-            raise explain(error, self.label(), values=values, kind=type(self)) from error
+        return validate(type(self), self.merge(changes), self.label())
 
     def label(self) -> str:
         """Returns the subject of an error about these settings."""
@@ -120,6 +111,17 @@ def _absolute(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(map(_absolute, value))
     return value.absolute() if isinstance(value, Path | Settings) else value
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(kind: type[M], values: object, source: str, prefix: str = "") -> M:
+    """Returns values as a model; raises the ConfigError of `explain` for wrong ones."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, source, prefix, values, kind) from error
 
 
 def explain(

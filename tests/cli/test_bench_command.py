@@ -71,13 +71,3 @@ def test_bad_usage(cli, argv, said):
     done = cli(*argv)
     assert (done.code, done.out) == (2, "")
     assert said in done.message
-
-
-def test_progress(cli):
-    done = cli(*SMALL[:-4], "--rounds", 2, "--warmup", 1, "--methods", "kd", "--cached", "--json")
-    assert done.code == 0, done.err
-    lines = [line for line in done.err.splitlines() if " of 2" in line]
-    # Plain training and KD are built; then there are two rounds.
-    names = [line.partition(", ETA")[0] for line in lines]
-    assert names == ["building, method 1 of 2", "building, method 2 of 2", "round 1 of 2", "round 2 of 2"]
-    assert lines[-1] == "round 2 of 2, ETA 0:00:00"

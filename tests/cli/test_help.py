@@ -6,8 +6,9 @@ import re
 import pytest
 import yaml
 
+from mdistiller.cli.bench import BenchCommand
 from mdistiller.cli.flags import list_flags
-from mdistiller.cli.help import SECTIONS, find_section, first_sentence
+from mdistiller.cli.help import first_sentence, sections
 from mdistiller.cli.train import TrainCommand
 from mdistiller.recipes import get_recipe
 
@@ -40,7 +41,7 @@ def test_short_form_is_one_screen(cli, recipe, monkeypatch):
     done = cli("train", recipe, "--help")
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    method = done.out[done.out.index("\nmethod:") : done.out.index("\nschedule:")].splitlines()
+    method = done.out.partition("\nmethod:")[2].partition("\n\n")[0].splitlines()
     assert len(lines) - len(method) <= 36
     assert len(method) <= 24
     assert max(map(len, lines)) <= 80
@@ -50,30 +51,28 @@ def test_short_form_is_one_screen(cli, recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [40, 80])
-def test_sections_come_in_the_order_of_use(cli, monkeypatch, width):
+def test_sections_are_the_groups_of_the_config(cli, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     done = cli("train", RECIPE, "--help-all")
     lines = done.out.splitlines()
     headings = [line.rstrip(":") for line in lines if re.fullmatch(r"[a-z ]+:", line)]
-    assert headings == list(SECTIONS)
+    assert headings == ["flags", "method", "teacher", "student", "optim", "data", "augment"]
     long = [line for line in lines if len(line) > width]
     assert not [line for line in long if len(line.split()) > 2], long  # words are not broken
     # Paragraphs are filled: a line ends only where the next word would not fit.
     for line, following in itertools.pairwise(lines):
         if line.startswith(" " * 6) and following.startswith(" " * 6):
             assert len(line) + 1 + len(following.split()[0]) > width, line
-    sections, now = {}, ""
+    found, now = {}, ""
     for line in lines:
-        now = line.rstrip(":") if line.rstrip(":") in SECTIONS else now
+        now = line.rstrip(":") if line.rstrip(":") in headings else now
         if line.startswith("  --"):
-            sections[line.split()[0].rstrip(",")] = now
-    assert sections["--data.root"] == "data"
-    assert sections["--teacher"] == sections["--student.name"] == "models"
-    assert sections["--method.beta"] == "method"
-    assert sections["--optim.lr"] == sections["--epochs"] == "schedule"
-    assert sections["--teacher-cache"] == "precision and speed"
-    assert sections["--out"] == "output"
-    assert sections["--plugin"] == sections["--optim.deltas"] == "advanced"
+            found[line.split()[0].rstrip(",")] = now
+    assert found["--data.root"] == "data"
+    assert found["--teacher"] == found["--teacher.checkpoint"] == "teacher"
+    assert found["--method"] == found["--method.beta"] == "method"
+    assert found["--optim.lr"] == "optim"
+    assert found["--epochs"] == found["--teacher-cache"] == found["--plugin"] == "flags"
 
 
 def test_short_form_has_the_numbers_of_the_method(cli, monkeypatch):
@@ -85,10 +84,8 @@ def test_short_form_has_the_numbers_of_the_method(cli, monkeypatch):
     assert "--method.nckd-samples" not in shown
 
 
-def test_sections_of_fields():
-    assert find_section("method.dkd.beta") == "method"
-    assert find_section("data.workers") == "precision and speed"
-    assert find_section("a.new_field") == "advanced"
+def test_a_command_without_groups_has_one_section():
+    assert list(sections(list_flags(BenchCommand))) == ["flags"]
 
 
 def test_first_sentence():

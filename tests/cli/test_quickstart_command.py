@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mdistiller.cli.main import find_command
-from mdistiller.recipes.quickstart import SETTING
+from mdistiller.cli.quickstart import SETTING
 
 FOLDERS = {"teacher": "teacher", "student alone": "baseline-s0", "KD": "kd-s0", "DKD": "dkd-s0"}
 

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from mdistiller.analysis.experiment import HEAD
+from mdistiller.cli.reproduce import HEAD
 from mdistiller.tasks.classification.experiments import EXPERIMENTS
 
 SMOKE = ("--scale", "smoke", "--seeds", 2, "--device", "cpu", "--json")

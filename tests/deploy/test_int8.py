@@ -16,7 +16,7 @@ from torch import nn
 from mdistiller.data import Augment, AugmentConfig, DataConfig, load_data
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.int8 import quantize
-from mdistiller.deploy.predict import Card, load_export
+from mdistiller.deploy.predict import load_export
 from mdistiller.deploy.student import load_student
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mdistiller.cli import quickstart
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import DKDConfig, KDConfig, NoneConfig, get_method, list_methods, method_config
 from mdistiller.models import list_models
@@ -11,7 +12,6 @@ from mdistiller.recipes import (
     BASELINES,
     get_recipe,
     list_recipes,
-    quickstart,
     set_method,
 )
 from mdistiller.recipes.describe import describe_source
@@ -231,10 +231,10 @@ def test_a_method_without_teacher_is_no_recipe_of_a_pair():
 
 def test_quickstart_recipe_is_what_it_says(tmp_path):
     """The setting's text is the configs'."""
-    teacher = quickstart.teacher(tmp_path / "teacher")
+    teacher, *students = quickstart.runs_of(tmp_path, 3).values()
     assert teacher.data.train_limit is None
     assert teacher.data.label_noise == 0
-    configs = {m: quickstart.student(m, 2, tmp_path / "teacher", tmp_path / m) for m in quickstart.METHODS}
+    configs = {config.method.method_name: config for config in students[-3:]}
     assert list(configs) == ["none", "kd", "dkd"]
     for method, config in configs.items():
         assert config.seed == 2

@@ -19,7 +19,7 @@ from mdistiller.data import AugmentConfig, DataConfig
 from mdistiller.errors import TrainingError
 from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe, recipe_of
-from mdistiller.runs import charts, loggers
+from mdistiller.runs import loggers
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.progress import Reporter
 from mdistiller.tasks.classification.config import ClassificationConfig
@@ -249,12 +249,6 @@ def test_hyper_parameters_are_those_that_differ_from_the_recipe(tmp_path):
 # Charts
 
 
-def values_of(line, names):
-    points = charts.points_of(line, names)
-    assert {point.step for point in points} == {line["step"]}
-    return {point.name: point.value for point in points}
-
-
 def test_charts_of_a_distilled_run():
     """A train line and an eval line, with the values of a run that come in both."""
     train = {
@@ -280,14 +274,14 @@ def test_charts_of_a_distilled_run():
     line |= {"classes": {"cat": 3.0}, "diagnostics": {"test": test, "train": test}, "train": {"loss": 3.0}}
     line |= {"ms_per_step": 7.0, "seconds": 8.0, "best_top1": 51.0}
     names = ("top1", "top5", "loss", "macro_f1")
-    assert values_of(train, names) == {
+    assert loggers.charted(train, names) == {
         "metric/top1_train": 9.0,
         "loss/total": 3.0,
         "loss/task": 1.0,
         "loss/dkd": 2.0,
         "loss/learning_rate": 0.1,
     }
-    assert values_of(line, names) == {
+    assert loggers.charted(line, names) == {
         "metric/top1": 50.0,
         "metric/best_top1": 51.0,
         "loss/test": 1.5,
@@ -306,7 +300,7 @@ def test_charts_of_a_distilled_run():
         "ms_per_step": 7.0,
     }
     shown = {"metric/AP": 3.0, "metric/best_AP": 3.0, "speed/ms_per_step": 7.0}
-    assert values_of(detector, ("AP", "AP50")) == shown
+    assert loggers.charted(detector, ("AP", "AP50")) == shown
 
 
 # Resuming and failing
@@ -377,7 +371,7 @@ class Failing:
     def __init__(self, folder, config, changed, resumed):
         self._do("start")
 
-    def log(self, points):
+    def log(self, step, values):
         self._do(f"log {len(self.calls)}")
 
     def close(self, finished):
@@ -445,11 +439,11 @@ def test_a_place_that_cannot_be_written(tmp_path, plain, capsys):
 def test_a_disk_that_fills_up(tmp_path, plain, monkeypatch, capsys):
     write = loggers.TensorBoard.log
 
-    def log(self, points):
-        if any(name == "metric/top1" for name, _, _ in points):
+    def log(self, step, values):
+        if "metric/top1" in values:
             with open("/dev/full", "wb") as full:
                 os.dup2(full.fileno(), self.records._writer.fileno())
-        write(self, points)
+        write(self, step, values)
 
     monkeypatch.setattr(loggers.TensorBoard, "log", log)
     result = train(config(log=("tensorboard",), out=tmp_path / "run"))

@@ -1,21 +1,35 @@
-"""`mdistiller compare RUN…`."""
+"""`mdistiller compare RUN…`: accuracy and cost of teacher, student alone, distilled students and exports."""
 
 import shutil
+import statistics
 import sys
 import textwrap
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
+from torch import Tensor, nn
 
-from mdistiller.analysis.compare import compare
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
 from mdistiller.cli.terminal import print_table
-from mdistiller.errors import ConfigError
-from mdistiller.report.costs import compared_columns
+from mdistiller.config import SELF, RunConfig
+from mdistiller.deploy.measure import count_macs, milliseconds
+from mdistiller.deploy.predict import Card, load_export
+from mdistiller.deploy.student import StudentFile, open_student
+from mdistiller.errors import CheckpointError, ConfigError, DataError, MDistillerError
+from mdistiller.models.weights import STUDENT_FILE, find_weights
+from mdistiller.report.costs import COMPARISON, ComparedModel, Comparison, compared_columns
 from mdistiller.report.markup import markdown_table
-from mdistiller.report.runs import load_run
+from mdistiller.report.runs import RunRecord, find_baseline, group, load_run, make_row, teacher_names
+from mdistiller.runs.checkpoint import write_text
+from mdistiller.runs.environment import this_machine
+from mdistiller.training.deployment import Model, ModelInput
 
 
 class CompareCommand(Command):
@@ -60,3 +74,230 @@ class CompareCommand(Command):
             return
         print_table([name.replace(", ", "\n") for name in head], rows)
         print(f"\n{textwrap.fill(note, shutil.get_terminal_size().columns)}")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A run with what its models need."""
+
+    run: RunRecord
+    label: str
+    file: StudentFile
+    config: RunConfig
+    data: Callable[[], Any]
+    """Reads the test set on its first call."""
+
+    @property
+    def fields(self) -> ModelInput:
+        """Classes and form of the input of the run's models."""
+        return ModelInput(**self.file.fields)
+
+    def images(self, count: int) -> Tensor:
+        """Returns a batch of prepared images, on which the models are timed."""
+        deployment = self.file.deployment
+        images = deployment.example(self.fields, count, None)
+        if images is None:
+            images = deployment.example(self.fields, count, self.data())
+        if images is None:
+            sizes = ", ".join(map(str, deployment.batches))
+            raise ConfigError(f"batch: got {count}; allowed for a run of {self.file.task.name}: {sizes}")
+        return images
+
+
+@dataclass
+class _Entry:
+    """A model to compare; `member` is the run whose test set and baseline it has."""
+
+    member: _Member
+    model: Model
+    row: ComparedModel
+    is_student: bool = False
+
+
+def compare(
+    folders: Sequence[Path],
+    exports: Sequence[Path] = (),
+    *,
+    batches: Sequence[int] | None = None,
+    evaluate: bool = True,
+) -> Comparison:
+    """Compares the students of runs with their teacher and with their exported files, on the CPU.
+
+    The rows are the teacher of the first run that has one, the students without a teacher, then the other
+    students, each with its `exports`. A teacher that has no checkpoint, or one that cannot be loaded, is left
+    out with a warning. No export of another student is opened: torch may unpickle parts of a graph.
+    `compare.json` is written into each run folder. Times are those of `batches`, None: of the runs' task.
+
+    Raises:
+        DataError: a folder is no run, the runs have different test sets, or the test set cannot be read.
+        ConfigError: a task that does not measure models, or a batch size that its models do not take.
+        CheckpointError: a student or one of `exports` cannot be read, or such an export belongs to no run.
+    """
+    if wrong := [batch for batch in batches or () if batch < 1]:
+        raise ConfigError(f"batch: got {wrong[0]}; allowed: 1 or more")
+    runs = [load_run(folder) for folder in folders]
+    tests = list(dict.fromkeys(run.test_set for run in runs))
+    if len(tests) > 1:
+        raise DataError(f"the runs have different test sets ({', '.join(tests)}); compare runs with one")
+    groups = group(runs)
+    members = _members(runs, groups)
+    batches = batches or members[0].file.deployment.batches
+    shapes = [tuple(members[0].images(batch).shape) for batch in batches]
+    entries = _entries(members, exports)
+    for entry in entries if evaluate else ():
+        entry.row = entry.row.model_copy(update={"metric": _metric(entry)})
+    for batch in batches:
+        calls = [(entry.model, entry.member.images(batch)) for entry in entries]
+        for entry, ms in zip(entries, milliseconds(calls, batch), strict=True):
+            entry.row.ms[batch] = ms
+    found = Comparison(
+        test_set=tests[0],
+        metric=runs[0].metric,
+        measured=evaluate,
+        machine=this_machine(),
+        image_shape=shapes[0],
+        rows=[e.row.model_copy(update={"over_alone": _over_alone(e, entries, groups)}) for e in entries],
+    )
+    for run in runs:
+        try:
+            write_text(run.path / COMPARISON, found.model_dump_json(indent=2) + "\n")
+        except OSError as error:
+            warnings.warn(f"cannot write {run.path / COMPARISON}: {error}", stacklevel=2)
+    return found
+
+
+def _members(runs: Sequence[RunRecord], groups: Mapping[str, Sequence[RunRecord]]) -> list[_Member]:
+    """Returns the runs with what their models need; runs of one test set share it."""
+    found: list[_Member] = []
+    sets: dict[str, Callable[[], Any]] = {}
+    for run in runs:
+        label, seeds = next((label, members) for label, members in groups.items() if run in members)
+        if len(seeds) > 1:
+            label += f", seed {run.config.get('seed')}"
+        file = open_student(run.path)
+        config = file.config
+        assert config is not None  # `load_run` has read it
+        key = (config.data_settings or config).model_dump_json()
+        read = sets.setdefault(key, cache(partial(file.deployment.load_test_set, config)))
+        found.append(_Member(run, label, file, config, read))
+    return found
+
+
+def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry]:
+    found, teacher_file = [], None
+    names = teacher_names([member.run for member in members])
+    for member in members:
+        if member.run.teacher in (None, SELF):
+            continue
+        try:
+            found.append(_teacher(member, names[member.run.taught_by]))
+        except (MDistillerError, OSError) as error:
+            warnings.warn(f"teacher left out: {error}", stacklevel=3)
+        else:
+            teacher = member.config.teacher
+            if teacher is not None and teacher.checkpoint is not None:
+                teacher_file = find_weights(teacher.checkpoint).resolve()
+        break
+    left = {folder: folder.resolve().parents for folder in exports}
+    for member in sorted(members, key=lambda member: _rank(member, teacher_file)):
+        is_teacher = _rank(member, teacher_file) == 0
+        if is_teacher:
+            member = replace(member, label=found[0].row.label)
+        student = _student(member)
+        if not is_teacher:  # the teacher has a row
+            found.append(student)
+        for folder in [folder for folder, parents in left.items() if member.run.path.resolve() in parents]:
+            found.append(_export(folder, member, student))
+            del left[folder]
+    for folder in left:
+        model = load_export(folder, "cpu").card
+        owners = [m for m in members if isinstance(model, Card) and m.run.student == model.model]
+        if not owners:
+            raise CheckpointError(f"exports: {folder} has no student of these runs' models")
+        found.append(_export(folder, owners[0], _student(owners[0])))
+    return found
+
+
+def _rank(member: _Member, teacher_file: Path | None) -> int:
+    """Returns the position of a run among the rows: the teacher's, one without a teacher, a distilled one."""
+    if (member.run.path / STUDENT_FILE).resolve() == teacher_file:
+        return 0
+    return 1 if member.run.teacher is None else 2
+
+
+def _teacher(member: _Member, label: str) -> _Entry:
+    # A run's settings are read with method "none", which has no teacher.
+    config, _ = member.config.replace(method={"name": "kd"}).by_teacher()[0]
+    files = [find_weights(t.checkpoint) for t in config.teachers if t.checkpoint is not None]
+    if len(files) < len(config.teachers):  # a config is data: nothing is downloaded for it
+        raise ConfigError(f"a teacher of {member.run.path} has no checkpoint file")
+    for teacher in config.teachers:  # a backbone has no metric
+        member.file.task.check_model(teacher.name)
+    module = member.file.task.build_teacher(config, member.data()).eval()
+    return _entry(label, member, module, files, make_row("", [member.run]).teacher)
+
+
+def _student(member: _Member) -> _Entry:
+    module, file = member.file.load(), member.file.path
+    entry = _entry(member.label, member, module, [file], member.run.evals[-1].value)
+    return replace(entry, is_student=True)
+
+
+def _entry(
+    label: str, member: _Member, module: nn.Module, files: Sequence[Path], recorded: float | None
+) -> _Entry:
+    model = member.file.deployment.as_model(module)
+    row = ComparedModel(
+        label=label,
+        metric=recorded,
+        over_alone=None,
+        parameters=sum(p.numel() for p in module.parameters()),
+        macs=count_macs(model, member.images(1)),
+        bytes=sum(file.stat().st_size for file in files),
+        ms={},
+    )
+    return _Entry(member, model, row)
+
+
+def _export(folder: Path, member: _Member, student: _Entry) -> _Entry:
+    exported = load_export(folder, "cpu")
+    card = exported.card
+    assert isinstance(card, Card)
+    for name in ("classes", "image_size"):
+        if getattr(card, name) != getattr(member.fields, name):
+            raise CheckpointError(f"{folder} has other {name} than {member.run.path}")
+    kind = f"{card.format} int8" if card.int8 else card.format
+    weights = "" if card.student == STUDENT_FILE else f" of {card.student}"
+    row = ComparedModel(
+        label=f"{member.label}, {kind}{weights}",
+        metric=None if card.measured is None else card.measured.value,
+        over_alone=None,
+        parameters=card.parameters,
+        macs=card.macs or student.row.macs,
+        bytes=(folder / card.file).stat().st_size,
+        ms={},
+    )
+    return _Entry(member, exported.model, row)
+
+
+def _metric(entry: _Entry) -> float:
+    """Computes the metric of a model on its run's test set."""
+    member = entry.member
+    evaluate = member.file.deployment.evaluate
+    (found,) = evaluate([entry.model], member.config, member.data(), torch.device("cpu"))
+    return float(found[member.run.metric])
+
+
+def _over_alone(
+    entry: _Entry, entries: Sequence[_Entry], groups: Mapping[str, Sequence[RunRecord]]
+) -> float | None:
+    """Returns a metric minus the mean of the student alone over seeds."""
+    run, value = entry.member.run, entry.row.metric
+    is_alone = run.teacher is None
+    if value is None or (is_alone and entry.is_student):
+        return None
+    label = next(k for k, v in groups.items() if run in v) if is_alone else find_baseline(run, groups)
+    paths = {member.path for member in groups.get(label or "", ())}
+    students = [e.row.metric for e in entries if e.is_student and e.member.run.path in paths]
+    alone = [metric for metric in students if metric is not None]
+    return value - statistics.fmean(alone) if alone else None

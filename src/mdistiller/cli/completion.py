@@ -7,7 +7,7 @@ from mdistiller.cli.options import Command
 from mdistiller.cli.train import TrainCommand
 from mdistiller.config import RunConfig
 from mdistiller.errors import UnknownNameError
-from mdistiller.recipes import BASELINES, get_recipe, list_recipes
+from mdistiller.recipes import get_recipe, list_recipes
 
 SHELLS = ("bash", "zsh")
 EXAMPLE = "dkd"
@@ -15,7 +15,7 @@ EXAMPLE = "dkd"
 _SCRIPT = """\
 # Completion of mdistiller, to be saved in a file that the shell reads (docs/cli.md).
 _mdistiller() {
-  local cur="${COMP_WORDS[COMP_CWORD]}" choices="" family method
+  local cur="${COMP_WORDS[COMP_CWORD]}" choices=""
   COMPREPLY=()
   case "${COMP_WORDS[COMP_CWORD-1]}" in
 %(values)s
@@ -31,26 +31,12 @@ _mdistiller() {
   elif [ "$COMP_CWORD" -eq 2 ]; then
     case "${COMP_WORDS[1]}" in
       list) choices="methods models recipes" ;;
-      train|config|show)
-        family="${cur%%%%.*}"
-        case "$cur" in
-          *.*.*)
-            method="${cur#*.}"
-            method="${method%%%%.*}"
-            case "$family.$method" in
-%(models)s
-            esac
-            choices="$(printf "$family.$method.%%s " $choices)" ;;
-          *.*) choices="$(printf "$family.%%s. " %(methods)s)" ;;
-          *) choices="%(families)s" ;;
-        esac ;;
+      train|config|show) choices="%(recipes)s" ;;
     esac
   fi
   COMPREPLY=($(compgen -W "$choices" -- "$cur"))
   if [ "${#COMPREPLY[@]}" -eq 0 ]; then
     COMPREPLY=($(compgen -f -- "$cur"))
-  elif [ "${#COMPREPLY[@]}" -eq 1 ] && [ "${COMPREPLY[0]%%.}" != "${COMPREPLY[0]}" ]; then
-    compopt -o nospace 2>/dev/null
   fi
 }
 complete -o filenames -F _mdistiller mdistiller
@@ -65,14 +51,9 @@ def completion(shell: str, commands: Mapping[str, type[Command]]) -> str:
     """
     if shell not in SHELLS:
         raise UnknownNameError("shell", shell, SHELLS, "Usage: mdistiller --print-completion bash|zsh")
-    recipes = [name.split(".", 2) for name in list_recipes()]
-    models: dict[str, dict[str, None]] = {}
-    for family, method, name in recipes:  # baselines have one model, and come first
-        pattern = f"{family}.{method}" if method in BASELINES else f"{family}.*"
-        models.setdefault(pattern, {})[name] = None
-    examples = {family: name for family, method, name in recipes if method == EXAMPLE}
-    configs = [get_recipe(f"{family}.{EXAMPLE}.{name}") for family, name in examples.items()]
-    patterns = sorted(models, key=lambda pattern: pattern.endswith("*"))
+    recipes = list_recipes()
+    examples = {name.partition(".")[0]: name for name in recipes if f".{EXAMPLE}." in name}
+    configs = list(map(get_recipe, examples.values()))
     script = _SCRIPT % {
         "commands": " ".join(commands),
         "flags": "\n".join(
@@ -82,11 +63,7 @@ def completion(shell: str, commands: Mapping[str, type[Command]]) -> str:
             f'    {name}) choices="{" ".join(words)}" ;;'
             for name, words in _values(commands.values(), configs).items()
         ),
-        "models": "\n".join(
-            f'              {pattern}) choices="{" ".join(models[pattern])}" ;;' for pattern in patterns
-        ),
-        "methods": " ".join(dict.fromkeys(method for _, method, _ in recipes)),
-        "families": " ".join(f"{family}." for family in dict.fromkeys(name[0] for name in recipes)),
+        "recipes": " ".join(recipes),
     }
     return f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script
 

@@ -5,12 +5,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from mdistiller.cli.flags import Positional
-from mdistiller.cli.options import Command, parse_command, values_after
+from mdistiller.cli.options import Command, parse_command
 from mdistiller.config import RunConfig
 from mdistiller.deploy.student import find_student, open_student, plugins_named, run_settings
 from mdistiller.errors import ConfigError
@@ -18,7 +18,7 @@ from mdistiller.methods import load_plugins
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import STUDENT_FILE, read_metadata
 from mdistiller.runs.folder import CONFIG, RunFolder
-from mdistiller.settings import Settings, explain
+from mdistiller.settings import Settings, validate
 from mdistiller.training.distributed import process_group
 from mdistiller.training.task import DEFAULT_TASK, AnyTask, get_task, task_of_model
 from mdistiller.types import Line
@@ -59,8 +59,8 @@ class EvalCommand(Command):
     @classmethod
     def parse(cls, args: Sequence[str]) -> Self:
         """Parses the model before the other flags: it chooses the task, and the task the flags."""
-        load_plugins(values_after(args, "--plugin"))
-        checkpoints = list(map(Path, values_after(args, "--checkpoint")))
+        first = cls.with_own_flags(args)
+        load_plugins(first.plugin)
         name = next(iter(args), "-")
         if name.startswith("-"):
             config = get_task(DEFAULT_TASK).Config.model_validate(_PLAIN)
@@ -70,38 +70,38 @@ class EvalCommand(Command):
                 raise ConfigError(
                     f"eval needs a run folder, or a model and --checkpoint FILE; see {cls.prog()} --help"
                 )
-        found = _find_model(name, next(reversed(checkpoints), None))
+        found = _find_model(name, first.checkpoint)
         default = cls(
             model=name,
-            data=found.config.data_settings or Settings(),
-            options=found.options,
-            batch_size=found.config.eval_batch_size,
-            precision=found.config.precision,
+            data=found.data_settings or Settings(),
+            options=found.student.options,
+            batch_size=found.eval_batch_size,
+            precision=found.precision,
         )
         return parse_command(cls, args, cls.prog(), default)
 
     def execute(self) -> None:
         found = _find_model(self.model, self.checkpoint)
+        task, source = get_task(found.task), found.student.checkpoint
+        assert source is not None
         changes: Line = {"eval_batch_size": self.batch_size, "precision": self.precision}
-        if found.config.data_settings is not None:
+        if found.data_settings is not None:
             changes["data"] = self.data
         # Not `replace`: what a run requires of its precision does not matter here.
-        config = found.config.model_copy(update=changes)
-        try:
-            model = ModelConfig(name=found.name, checkpoint=found.source, options=self.options)
-        except ValidationError as error:
-            raise explain(error, "options", "--") from error
-        folder = found.source if os.path.isdir(found.source) else found.source.parent
+        config = found.model_copy(update=changes)
+        fields = {"name": found.student.name, "checkpoint": source, "options": self.options}
+        model = validate(ModelConfig, fields, "options", "--")
+        folder = source if os.path.isdir(source) else source.parent
         with process_group(self.device) as world, plugins_named(folder):
-            metrics = found.task.evaluate(config, model, world, self.predictions)
+            metrics = task.evaluate(config, model, world, self.predictions)
             if self.out is not None and world.is_main:
                 _write_run(self.out, config, model, metrics)
         if not world.is_main:
             return
         if self.as_json:
-            print(json.dumps({"model": model.name, "checkpoint": str(found.source), **metrics}))
+            print(json.dumps({"model": model.name, "checkpoint": str(source), **metrics}))
         else:
-            print(*found.task.format_metrics(metrics), sep="\n")
+            print(*task.format_metrics(metrics), sep="\n")
 
 
 def _write_run(out: Path, config: RunConfig, model: ModelConfig, metrics: Line) -> None:
@@ -123,16 +123,6 @@ def _write_run(out: Path, config: RunConfig, model: ModelConfig, metrics: Line) 
         run.close()
 
 
-class _Found(NamedTuple):
-    """Task, weights and config of a model, and its own name and options."""
-
-    task: AnyTask
-    source: Path
-    config: RunConfig
-    name: str
-    options: Line
-
-
 def _without_run(task: AnyTask, metadata: Line, **data: str) -> RunConfig:
     """Returns the config for a student's file by itself: its images are prepared as in training."""
     known = {key: metadata[key] for key in task.metadata_keys if key in metadata}
@@ -142,31 +132,33 @@ def _without_run(task: AnyTask, metadata: Line, **data: str) -> RunConfig:
     return task.Config.model_validate({**_PLAIN, **given})
 
 
-def _find_model(name: str, checkpoint: Path | None) -> _Found:
-    """Finds a model in a run folder or file, or by its name with a checkpoint."""
+def _find_model(name: str, checkpoint: Path | None) -> RunConfig:
+    """Returns the config of a run folder, a file, or a name with a checkpoint; its student is the model."""
+    options: Line = {}
     if checkpoint is None:
         if not os.path.exists(name):
             raise ConfigError(
                 f"checkpoint: {name!r} is no run folder; a model's name needs --checkpoint FILE"
             )
-        source = Path(name)
-        file = find_student(source)
+        checkpoint = Path(name)
+        file = find_student(checkpoint)
         if not (file.parent / CONFIG).is_file() and "task" not in read_metadata(file):
             raise ConfigError(
-                f"{file.parent} has no {CONFIG}; give the model's name and --checkpoint {source}"
+                f"{file.parent} has no {CONFIG}; give the model's name and --checkpoint {checkpoint}"
             )
         student = open_student(file)
         task, metadata = student.task, student.metadata
         folder = {"kind": "folder"} if "image_size" in task.metadata_keys else {}
         config = student.config or _without_run(task, metadata, **folder)
-        return _Found(task, source, config, metadata.get("model", ""), metadata.get("options") or {})
-    if os.path.isdir(checkpoint) and (run := run_settings(checkpoint)) is not None:
-        metadata = read_metadata(checkpoint)
-        options = metadata["options"] if metadata.get("model") == name else {}
-        return _Found(get_task(run.task), checkpoint, run, name, options)
-    metadata = read_metadata(checkpoint) if os.path.exists(checkpoint) else {}
-    if not metadata.get("task"):
-        task = task_of_model(name)
-        return _Found(task, checkpoint, task.Config.model_validate(_PLAIN), name, {})
-    task = get_task(metadata["task"])
-    return _Found(task, checkpoint, _without_run(task, metadata), name, {})
+        name, options = metadata.get("model", ""), metadata.get("options") or {}
+    else:
+        run = run_settings(checkpoint) if os.path.isdir(checkpoint) else None
+        metadata = read_metadata(checkpoint) if os.path.exists(checkpoint) else {}
+        if run is not None:
+            config, options = run, metadata["options"] if metadata.get("model") == name else {}
+        elif metadata.get("task"):
+            config = _without_run(get_task(metadata["task"]), metadata)
+        else:
+            config = task_of_model(name).Config.model_validate(_PLAIN)
+    found = ModelConfig.model_construct(name=name, checkpoint=checkpoint, options=options)
+    return config.model_copy(update={"student": found})

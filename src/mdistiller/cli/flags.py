@@ -3,7 +3,8 @@
 Parsing, help and completion all read them.
 """
 
-from collections.abc import Iterator, Sequence
+import ast
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -77,7 +78,7 @@ class Flag:
     @property
     def metavar(self) -> str:
         """Returns the form of the value; empty for a switch."""
-        return self.arg.metavar or _metavar(self.kind)
+        return self.arg.metavar or _form(self.one)[0]
 
     @property
     def is_switch(self) -> bool:
@@ -102,7 +103,7 @@ class Flag:
     @property
     def count(self) -> int | None:
         """Number of words of a value; None for any number."""
-        return _count(self.one)
+        return _form(self.one)[1]
 
     @property
     def one(self) -> Any:
@@ -120,46 +121,41 @@ class Flag:
         return None if value == "None" and NoneType in get_args(kind) else value
 
 
-def list_flags(settings: BaseModel | type[BaseModel]) -> list[Flag]:
-    """Lists flags and positional arguments of settings, or of their class, in the order of the fields.
-
-    Settings in them get a flag for each field but their `hidden_flags`, with a prefix.
-    """
-    return list(_flags(settings))
-
-
-def _flags(
+def list_flags(
     settings: BaseModel | type[BaseModel],
     prefix: str = "",
     path: tuple[str, ...] = (),
     hidden: tuple[str, ...] = (),
-) -> Iterator[Flag]:
+) -> list[Flag]:
+    """Lists flags and positional arguments of settings, or of their class, in the order of the fields.
+
+    Settings in them get a flag for each field but the hidden ones, with a prefix.
+    """
     kind = settings if isinstance(settings, type) else type(settings)
-    own = kind if issubclass(kind, Settings) else Settings
+    hidden += kind.hidden_flags if issubclass(kind, Settings) else ()
     infos = settings.field_infos() if isinstance(settings, Settings) else kind.model_fields
+    found: list[Flag] = []
     for name, info in infos.items():
         value = info.get_default(call_default_factory=True)
         value = value if isinstance(settings, type) else getattr(settings, name, value)
-        if name in (*hidden, *own.hidden_flags) or (value is None and nested_settings(info.annotation)):
+        if name in hidden or (value is None and nested_settings(info.annotation)):
             continue
         arg = arg_of(info)
         field = name if arg.name is None else arg.name
         inner = value if isinstance(value, BaseModel) else info.annotation
         if isinstance(inner, BaseModel) or is_settings(inner):
             group = f"{prefix}{field}." if field else prefix
-            yield from _flags(inner, group, (*path, name), own.hidden_in(name))
+            theirs = tuple(key.removeprefix(f"{name}.") for key in hidden if key.startswith(f"{name}."))
+            found += list_flags(inner, group, (*path, name), theirs)
             continue
         text = " ".join((info.description or "").split())
-        yield Flag(f"{prefix}{field}", (*path, name), info.annotation, text, value, arg)
+        found.append(Flag(f"{prefix}{field}", (*path, name), info.annotation, text, value, arg))
+    return found
 
 
 def arg_of(info: FieldInfo) -> Arg:
     """Returns the mark of a field."""
     return next((mark for mark in info.metadata if isinstance(mark, Arg)), Arg())
-
-
-def _bare(kind: object) -> object:
-    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _typed(value: object) -> str:
@@ -179,36 +175,29 @@ _METAVARS: dict[object, str] = {
 }
 
 
-def _metavar(kind: object) -> str:
-    kind = _bare(kind)
+def _form(kind: Any) -> tuple[str, int | None]:
+    """Returns the form of a type's values and the number of their words; None for any number."""
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return "|".join(map(str, parts))
-    if origin in (Union, UnionType):
-        return "|".join(_metavar(part) for part in parts)
-    if origin is tuple and parts[-1] is Ellipsis:
-        return f"{_metavar(parts[0])} …" if get_origin(parts[0]) is not Literal else _metavar(parts[0])
-    if origin is tuple:
-        return " ".join(_metavar(part) for part in parts)
+        return "|".join(map(str, parts)), 1
     if origin is dict:
-        return "KEY VALUE …"
-    return _METAVARS.get(kind, getattr(kind, "__name__", str(kind)).upper())
-
-
-def _count(kind: object) -> int | None:
-    kind = _bare(kind)
-    origin, parts = get_origin(kind), get_args(kind)
+        return "KEY VALUE …", None
+    forms = [_form(part) for part in parts if part is not Ellipsis]
     if origin in (Union, UnionType):
-        return _count(next(part for part in parts if part is not NoneType))
+        counts = (count for part, (_, count) in zip(parts, forms, strict=True) if part is not NoneType)
+        return "|".join(metavar for metavar, _ in forms), next(counts)
+    if origin is tuple and parts[-1] is Ellipsis:
+        return f"{forms[0][0]} …", None
     if origin is tuple:
-        return None if parts[-1] is Ellipsis else len(parts)
-    return None if origin is dict else 1
+        return " ".join(metavar for metavar, _ in forms), len(parts)
+    return _METAVARS.get(kind, getattr(kind, "__name__", str(kind)).upper()), 1
 
 
-def _scalar(word: str) -> bool | int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            continue
-    return {"True": True, "False": False}.get(word, word)
+def _scalar(word: str) -> object:
+    """Returns the number or truth value that a word is, or the word."""
+    try:
+        value = ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+    return value if isinstance(value, int | float) else word

@@ -1,4 +1,4 @@
-"""Help of a command: flags by use, of `mdistiller train RECIPE` the everyday ones on one screen or all."""
+"""Help of a command: flags by group, of `mdistiller train RECIPE` the everyday ones on one screen or all."""
 
 import inspect
 import re
@@ -8,38 +8,6 @@ from collections.abc import Collection, Sequence
 
 from mdistiller.cli.flags import Flag, list_flags
 from mdistiller.settings import Settings
-
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "data": ("data.", "augment."),
-    "models": (
-        *("teacher", "teacher.", "student.", "more_teachers", "ensemble", "teacher_dropout"),
-        "from_scratch",
-    ),
-    "method": ("method", "method.", "label_smoothing", "class_weights"),
-    "schedule": (
-        *("space", "trials", "early_stopping"),
-        *("epochs", "max_steps", "batch_size", "drop_last", "optim.", "seed", "seeds", "ema", "ema_warmup"),
-        *("probe_epochs", "freeze", "norm_eval", "patience"),
-    ),
-    "precision and speed": (
-        *("device", "precision", "compile", "layout", "deterministic", "teacher_batch"),
-        *("teacher_cache", "teacher_cache_format", "teacher_cache_taps", "teacher_views"),
-        *("gradient_checkpointing", "data.workers", "data.memory", "cpus", "gpus", "address"),
-    ),
-    "output": (
-        *("out", "resume", "dry_run", "json", "save_epochs", "save_best", "save_minutes", "eval_every"),
-        "log",
-    ),
-    "advanced": (),
-}
-"""Fields of each section, in its order; a name that ends with a dot is a group. The last has the rest."""
-
-_RARE = (
-    *("optim.delta", "optim.deltas", "optim.betas", "optim.gamma", "optim.norm_decay"),
-    *("data.seed", "data.label_noise", "data.synthetic_classes", "data.synthetic_samples"),
-    *("data.memory_limit_gb", "data.on_error", "augment.seed"),
-)
-"""Fields of the groups above that are advanced."""
 
 _EVERYDAY = (
     *("space", "trials"),
@@ -51,16 +19,6 @@ _EVERYDAY = (
 _WIDEST, _COLUMN = 100, 29  # of a line, and of the explanations in the short form
 _LONG = 100
 HELP_WORDS = ("-h", "--help", "--help-all")
-
-
-def find_section(field: str) -> str:
-    """Returns the section of a field."""
-    for name, fields in SECTIONS.items():
-        if field in fields:
-            return name
-    group = f"{field.partition('.')[0]}."
-    found = (name for name, fields in SECTIONS.items() if group in fields and group != f"{field}.")
-    return "advanced" if field in _RARE else next(found, "advanced")
 
 
 def help_text(
@@ -83,11 +41,9 @@ def help_text(
     for paragraph in inspect.cleandoc(command.__doc__ or "").split("\n\n"):
         lines += textwrap.wrap(paragraph, width)
     lines += [line for argument in arguments for line in ["", *_whole(argument, width)]]
-    sections = SECTIONS if any(len(flag.path) > 1 for flag in flags) else {"flags": ()}
-    for section, fields in sections.items():
-        mine = [flag for flag in shown if sections != SECTIONS or find_section(flag.field) == section]
-        lines += ["", f"{section}:"] if mine else []
-        for flag in sorted(mine, key=lambda flag: _place(flag, fields)):
+    for section, mine in sections(shown).items():
+        lines += ["", f"{section}:"]
+        for flag in mine:
             lines += _whole(flag, width) if every else _short(flag, width)
     if not every:
         end = f"All {len(flags)} flags: --help-all. The recipe's values and their origin: "
@@ -100,12 +56,14 @@ def is_everyday(flag: Flag) -> bool:
     return flag.field in _EVERYDAY or (flag.field.startswith("method.") and "FLOAT" in flag.metavar)
 
 
-def _place(flag: Flag, fields: Sequence[str]) -> tuple[int, int]:
-    """Returns the rank of a flag in its section; groups keep the order of their fields."""
-    if flag.field in fields:
-        return fields.index(flag.field), 0
-    group = f"{flag.field.partition('.')[0]}."
-    return (fields.index(group), 1) if group in fields else (len(fields), 0)
+def sections(flags: Sequence[Flag]) -> dict[str, list[Flag]]:
+    """Returns flags by the group of settings that they belong to; those of none come first, as `flags`."""
+    groups = {flag.field.partition(".")[0] for flag in flags if "." in flag.field}
+    found: dict[str, list[Flag]] = {"flags": []}
+    for flag in sorted(flags, key=lambda flag: "." in flag.field):  # --teacher before --teacher.checkpoint
+        group = flag.field.partition(".")[0]
+        found.setdefault(group if group in groups else "flags", []).append(flag)
+    return {name: mine for name, mine in found.items() if mine}
 
 
 def _whole(flag: Flag, width: int) -> list[str]:

@@ -7,9 +7,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from io import TextIOWrapper
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from mdistiller.cli.terminal import soften_streams
 from mdistiller.errors import ConfigError, Interrupted, MDistillerError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -107,16 +107,9 @@ def _warn_once() -> None:
     """Shows each UserWarning once, as one line on stderr; Python shows the others."""
     usual, shown = warnings.showwarning, set[str]()
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if category is not UserWarning:
-            usual(message, category, filename, lineno, file, line)
+            usual(message, category, *where, **more)
         elif str(message) not in shown:
             shown.add(str(message))
             print(f"mdistiller: warning: {message}", file=sys.stderr)
@@ -127,7 +120,9 @@ def _warn_once() -> None:
 def main() -> NoReturn:
     """Runs the `mdistiller` script and ends the process."""
     _warn_once()
-    soften_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a character that the encoding lacks is no error
+            stream.reconfigure(errors="replace")
     try:
         try:
             code = run(sys.argv[1:])

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -11,7 +11,7 @@ from mdistiller.cli.help import HELP_WORDS, help_text
 from mdistiller.config import TeacherConfig
 from mdistiller.errors import ConfigError, nearest_fields, nearest_names
 from mdistiller.methods import MethodConfig, load_plugins
-from mdistiller.settings import Settings, explain, is_settings
+from mdistiller.settings import Settings, explain, is_settings, validate
 from mdistiller.types import Line
 
 S = TypeVar("S", bound=Settings)
@@ -39,6 +39,13 @@ class Command(Settings):
         """
         return parse_command(cls, args, cls.prog())
 
+    @classmethod
+    def with_own_flags(cls, args: Sequence[str]) -> Self:
+        """Returns the command with the flags of its own fields, which choose the others; not validated."""
+        own = [flag for flag in list_flags(cls) if len(flag.path) == 1]
+        values = _read_words(own, args, strict=False)
+        return cast(Self, cls.model_construct(**{name: value for (name,), value in values.items()}))
+
     def execute(self) -> None:
         """Does the work."""
         raise NotImplementedError
@@ -60,8 +67,7 @@ def parse_command(kind: type[S], args: Sequence[str], prog: str, default: S | No
         raise SystemExit(0)
     flags = list_flags(start)
     given = _read_words(flags, args)
-    plugins = given.get(("plugin",), ())
-    load_plugins(plugins if isinstance(plugins, tuple) else ())
+    load_plugins(given.get(("plugin",), ()))
     for flag in flags:
         if flag.is_required and flag.path not in given and len(flag.path) == 1:
             raise ConfigError(f"{flag.name} is missing ({_allowed(flag)}): {flag.text}")
@@ -75,11 +81,8 @@ def parse_command(kind: type[S], args: Sequence[str], prog: str, default: S | No
         old = getattr(default, name, None)
         part = type(old) if isinstance(old, BaseModel) else info.annotation
         if is_settings(part) and name in values:
-            try:
-                values[name] = part.model_validate(values[name])
-            except ValidationError as error:
-                prefix = "--" if arg_of(info).name == "" else f"--{name}."
-                raise explain(error, "options", prefix) from error
+            prefix = "--" if arg_of(info).name == "" else f"--{name}."
+            values[name] = validate(part, values[name], "options", prefix)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -104,25 +107,16 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], list[tuple[str, list[st
     return loose, found
 
 
-def words_after(args: Sequence[str], name: str) -> list[list[str]]:
-    """Lists the words after each use of a flag."""
-    return [words for flag, words in split_flags(args)[1] if flag == name]
-
-
-def values_after(args: Sequence[str], name: str) -> list[str]:
-    """Lists the first word after each use of a flag; ConfigError where there is none."""
-    found = words_after(args, name)
-    if [] in found:
-        raise ConfigError(f"{name}: got no value")
-    return [words[0] for words in found]
-
-
-def _read_words(flags: Sequence[Flag], args: Sequence[str]) -> dict[tuple[str, ...], object]:
-    """Returns the values that arguments give, by their paths."""
+def _read_words(
+    flags: Sequence[Flag], args: Sequence[str], *, strict: bool = True
+) -> dict[tuple[str, ...], Any]:
+    """Returns the values that arguments give, by their paths; unknown ones are left out unless `strict`."""
     named = {name: flag for flag in flags if not flag.arg.positional for name in flag.names}
     found: dict[tuple[str, ...], object] = {}
     loose, uses = split_flags(args)
     for name, words in uses:
+        if name not in named and not strict:
+            continue
         if name not in named:
             near = nearest_fields(name, [*named, *HELP_WORDS])
             near = [f"{n} {named[n].metavar}".rstrip() if n in named else n for n in near]
@@ -139,7 +133,7 @@ def _read_words(flags: Sequence[Flag], args: Sequence[str]) -> dict[tuple[str, .
             count = len(loose) if flag.count is None else flag.count
             found[flag.path] = _read(flag, loose[:count])
             loose = loose[count:]
-    if loose:
+    if loose and strict:
         raise ConfigError(f"got {loose[0]!r}, which belongs to no flag")
     return found
 

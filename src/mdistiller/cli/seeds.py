@@ -1,21 +1,70 @@
-"""Runs of `mdistiller train RECIPE --seeds N`: one folder with a run a seed, and one report over them."""
+"""Several runs one after another, and those of `mdistiller train RECIPE --seeds N` with one report."""
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from mdistiller.analysis.experiment import is_finished
 from mdistiller.api import train
 from mdistiller.config import RunConfig
-from mdistiller.errors import ConfigError
-from mdistiller.runs.folder import CONFIG, free_folder
+from mdistiller.errors import ConfigError, DataError
+from mdistiller.report.runs import RunRecord, load_run, summarize
+from mdistiller.runs.folder import CONFIG, check_resumable, free_folder
 from mdistiller.runs.progress import Reporter
 
 
-def configs_of_seeds(config: RunConfig, seeds: int) -> tuple[Path, list[RunConfig]]:
-    """Returns the folder of the runs and their configs; the seeds count up from the config's.
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run in `config.out` is finished.
+
+    Raises:
+        ConfigError: the folder holds another run.
+    """
+    assert config.out is not None
+    if not (config.out / CONFIG).exists():
+        return False
+    check_resumable(config, same_precision=True)
+    return bool(finished_runs([config]))
+
+
+def finished_runs(configs: Sequence[RunConfig]) -> list[RunRecord]:
+    """Reads the runs of some configs, those that are finished."""
+    found = []
+    for config in configs:
+        assert config.out is not None
+        try:
+            found.append(load_run(config.out))
+        except DataError:
+            continue
+    return [run for run in found if run.summary is not None]
+
+
+def train_each(
+    configs: Sequence[RunConfig], reporter: Reporter | None = None, *, resume: bool = True
+) -> bool:
+    """Trains runs one after another; returns whether this is their main process.
+
+    With `resume`, finished runs stay and the others go on from their states.
+
+    Raises:
+        ConfigError: a folder holds another run.
+    """
+    is_main, left = True, [(n, one) for n, one in enumerate(configs, 1) if not (resume and is_finished(one))]
+    for number, one in left:
+        assert one.out is not None
+        if is_main:
+            print(f"run {number} of {len(configs)}: {one.out}", file=sys.stderr)
+        started = resume and (one.out / CONFIG).exists()
+        is_main = train(one, resume=started, reporter=reporter).path is not None
+    return is_main
+
+
+def train_seeds(
+    config: RunConfig, seeds: int, reporter: Reporter, *, resume: bool = False, as_json: bool = False
+) -> None:
+    """Trains a config with several seeds, counting up from its own, and writes `report.html` beside the runs.
+
+    With `resume`, finished runs stay and the others go on from their states.
 
     Raises:
         ConfigError: fewer than one seed; several processes without a named folder; a folder that is a run.
@@ -28,30 +77,10 @@ def configs_of_seeds(config: RunConfig, seeds: int) -> tuple[Path, list[RunConfi
     if (folder / CONFIG).exists():
         raise ConfigError(f"out: {folder} holds a run; allowed with --seeds is a folder for several runs")
     numbers = range(config.seed, config.seed + seeds)
-    return folder, [config.replace(seed=seed, out=folder / f"s{seed}") for seed in numbers]
-
-
-def train_seeds(
-    config: RunConfig, seeds: int, reporter: Reporter, *, resume: bool = False, as_json: bool = False
-) -> None:
-    """Trains a config with several seeds, one after another, and writes `report.html` beside the runs.
-
-    With `resume`, finished runs stay and the others go on from their states.
-    """
-    folder, configs = configs_of_seeds(config, seeds)
-    is_main = True
-    for number, one in enumerate(configs, 1):
-        assert one.out is not None
-        started = resume and (one.out / CONFIG).exists()
-        if started and is_finished(one):
-            continue
-        if is_main and len(configs) > 1:
-            print(f"seed {one.seed}, run {number} of {len(configs)}: {one.out}", file=sys.stderr)
-        is_main = train(one, resume=started, reporter=reporter).path is not None
-    if not is_main:
+    configs = [config.replace(seed=seed, out=folder / f"s{seed}") for seed in numbers]
+    if not train_each(configs, reporter, resume=resume):
         return
     from mdistiller.report import try_report
-    from mdistiller.report.runs import load_run, summarize
 
     folders = [one.out for one in configs if one.out is not None]
     report = try_report(folders, folder / "report.html")

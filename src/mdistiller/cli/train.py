@@ -4,14 +4,13 @@ import json
 import sys
 import textwrap
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Self
 
 from mdistiller.api import Run, stored_config, train
 from mdistiller.cli.flags import Arg
 from mdistiller.cli.help import HELP_WORDS, help_text
-from mdistiller.cli.options import Command, parse_command, values_after, words_after
+from mdistiller.cli.options import Command, parse_command
 from mdistiller.cli.plan import PlannedDisplay, print_plan
 from mdistiller.cli.seeds import train_seeds
 from mdistiller.config import SELF, RunConfig
@@ -19,7 +18,7 @@ from mdistiller.deploy.teacher import GivenTeacher, find_teacher
 from mdistiller.errors import ConfigError, UnknownNameError, nearest_names
 from mdistiller.methods import load_plugins
 from mdistiller.models import ModelConfig
-from mdistiller.recipes import get_recipe, set_method, set_teacher
+from mdistiller.recipes import get_recipe, set_method, set_teacher, starts_pretrained
 from mdistiller.recipes.family import all_families
 from mdistiller.runs.folder import read_metrics
 from mdistiller.stored import STORED
@@ -105,18 +104,71 @@ class TrainCommand(Command):
             raise SystemExit(0)
         if not args or args[0].startswith("-"):
             raise ConfigError(f"{prog.partition(' ')[2]} needs a recipe first; see {prog} --help")
-        rest = list(args[1:])
-        wanted = next((word for word in rest if word in HELP_WORDS), None)
-        default = cls(config=_parse_config(args[0], rest, open_teacher=wanted is not None))
-        prog = f"{prog} {args[0]}"
+        source, rest = args[0], list(args[1:])
+        own, wanted = cls.with_own_flags(rest), next((word for word in rest if word in HELP_WORDS), None)
+        load_plugins(own.plugin)
+        default = cls(config=own.find_config(source, open_teacher=wanted is not None))
+        prog = f"{prog} {source}"
         if wanted is not None:
             print(help_text(default, prog, every=wanted == "--help-all"))
             raise SystemExit(0)
         command = parse_command(cls, rest, prog, default)
-        config = _with_pretrained(command.config) if command.teacher_pretrained else command.config
+        if not own.from_scratch and (own.student_pretrained or starts_pretrained(command.config.student)):
+            tuned = own.find_config(source, pretrained=True)
+            if tuned != default.config:
+                print(
+                    f"pretrained student: using the settings of {source.partition('.')[0]}.finetune."
+                    f"{tuned.student.name}; for those of {source}, add --from-scratch",
+                    file=sys.stderr,
+                )
+                command = parse_command(cls, rest, prog, cls(config=tuned))
+        config, new = command.config, default.config.teacher
+        if own.teacher is not None or own.teacher_outputs is not None:
+            without = own.model_copy(update={"teacher": None, "teacher_outputs": None})
+            old = without.find_config(source, open_teacher=True).teacher
+            if old is not None and new is not None and old.name != new.name:
+                print(f"teacher: {new.name} replaces the recipe's {old.name}", file=sys.stderr)
+        if command.teacher_pretrained:
+            config = _with_pretrained(config)
         if command.student_pretrained:
             config = config.replace(student={"options": {**config.student.options, "pretrained": True}})
         return command.model_copy(update={"config": config})
+
+    def find_config(self, source: str, *, open_teacher: bool = False, pretrained: bool = False) -> RunConfig:
+        """Returns the config of a recipe or run, with the plug-ins, the method and the teacher of flags."""
+        teacher = None if self.teacher is None else find_teacher(self.teacher)
+        if self.teacher_outputs is not None:
+            if teacher is not None:
+                raise ConfigError("--teacher-outputs stands in place of --teacher; allowed is one of them")
+            teacher = GivenTeacher(ModelConfig(name=STORED, checkpoint=self.teacher_outputs))
+        model = None if teacher is None else teacher.model
+        method = self.method_name
+        try:
+            config = stored_config(source, resume=self.resume)
+            if config is None:
+                config = get_recipe(
+                    source, method, teacher=model, pretrained=pretrained, open_teacher=open_teacher
+                )
+            else:
+                config = config if method is None else set_method(config, method)
+                config = config if model is None else set_teacher(config, model)
+        except UnknownNameError as error:
+            if error.what.startswith("pair") and teacher is None:
+                error.command_hint = "With --teacher RUN or MODEL, the student's name is enough"
+            if teacher is None or error.name != teacher.model:
+                raise
+            beside = [str(path) for path in Path(error.name).parent.glob("*")] if "/" in error.name else []
+            near = nearest_names(error.name, beside) or error.nearest
+            more = f"; nearest: {', '.join(near)}" if near else ""
+            raise ConfigError(
+                f"teacher: {error.name!r} is no run folder, student's file or model{more}"
+            ) from error
+        config = config if teacher is None else teacher.fit_data(config)
+        if self.from_scratch and "backbone_weights" in config.student.options:
+            options = {n: v for n, v in config.student.options.items() if n != "backbone_weights"}
+            config = config.replace(student={"options": options})
+        files = (*config.plugins, *(path.resolve() for path in self.plugin))
+        return config.model_copy(update={"plugins": tuple(dict.fromkeys(files))})
 
     def execute(self) -> None:
         display = PlannedDisplay()
@@ -130,36 +182,6 @@ class TrainCommand(Command):
                 _show_result(result, self.config, as_json=self.as_json)
 
 
-def _parse_config(source: str, args: Sequence[str], *, open_teacher: bool) -> RunConfig:
-    """Returns the config of a recipe or run, with the plug-ins, the method and the teacher of flags."""
-    plugins = list(map(Path, values_after(args, "--plugin")))
-    load_plugins(plugins)
-    method, word = (next(reversed(values_after(args, f)), None) for f in ("--method", "--teacher"))
-    teacher = None if word is None else find_teacher(word)
-    if outputs := values_after(args, "--teacher-outputs"):
-        if teacher is not None:
-            raise ConfigError("--teacher-outputs stands in place of --teacher; allowed is one of them")
-        teacher = GivenTeacher(ModelConfig(name=STORED, checkpoint=Path(outputs[-1])))
-    try:
-        config = _find_config(source, method, teacher, args, open_teacher=open_teacher)
-    except UnknownNameError as error:
-        if error.what.startswith("pair") and teacher is None:
-            error.command_hint = "With --teacher RUN or MODEL, the student's name is enough"
-        if teacher is None or error.name != teacher.model:
-            raise
-        beside = [str(path) for path in Path(error.name).parent.glob("*")] if "/" in error.name else []
-        near = nearest_names(error.name, beside) or error.nearest
-        more = f"; nearest: {', '.join(near)}" if near else ""
-        raise ConfigError(
-            f"teacher: {error.name!r} is no run folder, student's file or model{more}"
-        ) from error
-    if "--from-scratch" in args and "backbone_weights" in config.student.options:
-        options = {n: v for n, v in config.student.options.items() if n != "backbone_weights"}
-        config = config.replace(student={"options": options})
-    files = (*config.plugins, *(p.resolve() for p in plugins))
-    return config.model_copy(update={"plugins": tuple(dict.fromkeys(files))})
-
-
 def _with_pretrained(config: RunConfig) -> RunConfig:
     """Returns a config whose teacher has the option for pretrained weights."""
     teacher = config.teacher
@@ -169,51 +191,6 @@ def _with_pretrained(config: RunConfig) -> RunConfig:
         )
         raise ConfigError(f"teacher.pretrained: the run has {have}; allowed beside --teacher MODEL")
     return config.replace(teacher={"options": {**teacher.options, "pretrained": True}})
-
-
-def _is_pretrained(args: Sequence[str]) -> bool:
-    """Whether flags give the student weights to start from."""
-    if "--student.pretrained" in args:
-        return True
-    checkpoints = [words[:1] for words in words_after(args, "--student.checkpoint")]
-    words = next(reversed(words_after(args, "--student.options")), [])
-    options = dict(zip(words[::2], words[1::2], strict=False))
-    given = {name for name, value in options.items() if value.lower() not in ("false", "none", "0", "")}
-    return checkpoints[-1:] not in ([], [[]], [["None"]]) or bool(given & {"pretrained", "weights"})
-
-
-def _find_config(
-    source: str, method: str | None, teacher: GivenTeacher | None, args: Sequence[str], *, open_teacher: bool
-) -> RunConfig:
-    config = stored_config(source, resume="--resume" in args)
-    if config is not None:
-        config = config if method is None else set_method(config, method)
-        if teacher is None:
-            return config
-        old, config = config.teacher, set_teacher(config, teacher.model)
-        return teacher.fit_data(_noted(config, old))
-    model = None if teacher is None else teacher.model
-    recipe = partial(get_recipe, source, method, teacher=model, open_teacher=open_teacher)
-    config = recipe()
-    if "--from-scratch" not in args and _is_pretrained(args):
-        tuned = recipe(pretrained=True)
-        if tuned != config:
-            print(
-                f"pretrained student: using the settings of {source.partition('.')[0]}.finetune."
-                f"{config.student.name}; for those of {source}, add --from-scratch",
-                file=sys.stderr,
-            )
-        config = tuned
-    if teacher is None:
-        return config
-    return teacher.fit_data(_noted(config, get_recipe(source, method, open_teacher=True).teacher))
-
-
-def _noted(config: RunConfig, old: ModelConfig | None) -> RunConfig:
-    """Returns a config, after a line about the teacher if it replaces another one."""
-    if old is not None and config.teacher is not None and old.name != config.teacher.name:
-        print(f"teacher: {config.teacher.name} replaces the recipe's {old.name}", file=sys.stderr)
-    return config
 
 
 def remark_on_teacher(run: Path, metric: Metric) -> str | None:

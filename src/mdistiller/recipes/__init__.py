@@ -24,6 +24,7 @@ __all__ = [
     "register_family",
     "set_method",
     "set_teacher",
+    "starts_pretrained",
 ]
 
 BASELINES = ("teacher", "student", "finetune")
@@ -126,14 +127,17 @@ def _teacher_of(family: Family, teacher: ModelConfig | str) -> ModelConfig:
     return family.teacher_config(family.find_teacher(teacher))
 
 
+def starts_pretrained(student: ModelConfig) -> bool:
+    """Whether a student starts from weights, so that a recipe of its family fine-tunes it."""
+    return student.checkpoint is not None or is_pretrained(student.options)
+
+
 def recipe_of(config: RunConfig) -> RunConfig | None:
     """Returns the config of the recipe that a config came from; None without one."""
     if not config.recipe:
         return None
-    start = config.student
-    pretrained = start.checkpoint is not None or is_pretrained(start.options)
     try:
-        return get_recipe(config.recipe, pretrained=pretrained)
+        return get_recipe(config.recipe, pretrained=starts_pretrained(config.student))
     except MDistillerError:  # of a plug-in, or of another version
         return None
 

@@ -6,11 +6,10 @@ from dataclasses import asdict
 
 import mdistiller.report.markup as html
 from mdistiller.report.answer import answer
-from mdistiller.report.measures import MEASURES, measured
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.sections import RunOutputs
 from mdistiller.report.spread import MeanStd, welch_p
-from mdistiller.report.tables import paper_table
+from mdistiller.report.tables import MEASURES, measured, paper_table
 from mdistiller.types import Line
 
 

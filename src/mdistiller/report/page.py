@@ -14,11 +14,10 @@ from mdistiller.report.costs import costs
 from mdistiller.report.curves import over_training, transfer
 from mdistiller.report.formats import WRITERS
 from mdistiller.report.page_rows import PageRows
-from mdistiller.report.published import published
 from mdistiller.report.ranked import SEEDS, ranked_chart
 from mdistiller.report.runs import load_run
 from mdistiller.report.sections import missing_parts, sections_of
-from mdistiller.report.tables import headline, making, settings
+from mdistiller.report.tables import headline, making, published, settings
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.progress import counted
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -35,7 +34,7 @@ class _Data(Read):
     test_limit: int | None = None
 
 
-class _Config(Read):
+class _Config(Read, title=CONFIG):
     task: str = DEFAULT_TASK
     data: _Data | None = None
     student: _Named
@@ -44,7 +43,7 @@ class _Config(Read):
     method: _Named
 
 
-class _Line(Read):
+class _Line(Read, title=METRICS):
     kind: str
 
 
@@ -128,16 +127,6 @@ class Row:
     values: tuple[float, ...] = ()
 
 
-R = TypeVar("R", bound=Read)
-
-
-def _checked(kind: type[R], value: object, name: str) -> R:
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        raise explain(error, name) from error
-
-
 def load_run(path: Path) -> RunRecord:
     """Reads a run folder, finished or under way.
 
@@ -146,17 +135,17 @@ def load_run(path: Path) -> RunRecord:
     """
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        fields = _checked(_Config, config, CONFIG)
-        env = _checked(Environment, json.loads((path / ENV).read_text(encoding="utf-8")), ENV)
+        fields = _Config.model_validate(config)
+        env = Environment.model_validate(json.loads((path / ENV).read_text(encoding="utf-8")))
         metric = get_task(fields.task).Config.metrics[0]
         lines: dict[str, list[Line]] = {"eval": [], "train": [], "summary": []}
         for line in read_metrics(path):
-            lines.setdefault(_checked(_Line, line, METRICS).kind, []).append(line)
+            lines.setdefault(_Line.model_validate(line).kind, []).append(line)
         if not lines["eval"]:
             raise DataError(f"{path}: no evaluation in metrics.jsonl yet")
-        windows = [_checked(Window, line, METRICS) for line in lines["train"]]
+        windows = [Window.model_validate(line) for line in lines["train"]]
         evals = [_evaluation(line, metric) for line in lines["eval"]]
-        summaries = [_checked(Summary, line, METRICS) for line in lines["summary"]]
+        summaries = [Summary.model_validate(line) for line in lines["summary"]]
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = f"it has no {Path(error.filename).name}" if path.is_dir() else "there is no such folder"
         if (path.suffix == ".safetensors" and path.is_file()) or (path / STUDENT_FILE).is_file():
@@ -165,6 +154,8 @@ def load_run(path: Path) -> RunRecord:
                 f"`mdistiller eval {path} --data.root DIR --out FOLDER` writes a folder that the report takes"
             )
         raise DataError(f"{path} is no run folder: {reason}") from error
+    except ValidationError as error:
+        raise DataError(f"{path} is no run folder: {explain(error, error.title)}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no run folder: {error}") from error
     teachers = [named for named in (fields.teacher, *(fields.more_teachers or ())) if named is not None]
@@ -189,7 +180,7 @@ def _evaluation(line: Line, metric: str) -> Evaluation:
     best = f"best_{metric}"
     if missing := [name for name in ("epoch", metric, best) if line.get(name) is None]:
         raise ValueError(f"{METRICS}: " + "; ".join(f"{name}: Field required" for name in missing))
-    return _checked(Evaluation, {**line, "value": line[metric], "best": line[best]}, METRICS)
+    return Evaluation.model_validate({**line, "value": line[metric], "best": line[best]})
 
 
 # Kinds of data that are named by their folder
@@ -323,8 +314,7 @@ def find_baseline(run: RunRecord, groups: Mapping[str, Sequence[RunRecord]]) -> 
         return None
 
     def trained(other: RunRecord) -> tuple[object, ...]:
-        # A student has the mean and std of its teacher's images, and the student alone those of its recipe. A
-        # run of an earlier version lacks new fields, whose value here is None.
+        # A student has the mean and std of its teacher's images, and the student alone those of its recipe.
         data = {k: v for k, v in other.data.items() if k not in (*READING, "mean", "std") and v is not None}
         with suppress(CheckpointError):  # small squares keep their size, which the student's file records
             data.setdefault("image_size", read_metadata(other.path).get("image_size"))

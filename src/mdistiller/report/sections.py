@@ -6,14 +6,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from mdistiller.errors import DataError, MDistillerError
 from mdistiller.report.markup import Section, from_here, paragraph
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import READING, RunRecord
 from mdistiller.runs.folder import CONFIG
-from mdistiller.settings import Settings, explain
+from mdistiller.settings import Settings, validate
 from mdistiller.training.task import get_task
 
 Part = TypeVar("Part", bound=BaseModel)
@@ -106,7 +106,4 @@ def part_of(run: RunRecord, name: str, kind: type[Part]) -> Part:
     Raises:
         ConfigError: a field is unknown or wrong.
     """
-    try:
-        return kind.model_validate(run.config[name])
-    except ValidationError as error:
-        raise explain(error, str(run.path / CONFIG), prefix=f"{name}.") from error
+    return validate(kind, run.config[name], str(run.path / CONFIG), f"{name}.")

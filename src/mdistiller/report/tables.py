@@ -1,10 +1,16 @@
-"""Tables of the report: metrics of the rows, different settings, and commands that repeat the runs."""
+"""Tables of the report: metrics of the rows, measures of the transfer, settings, published runs, commands.
+
+Measures tell what a student and its teacher have in common on the test images.
+"""
 
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
+from mdistiller.errors import MDistillerError
+from mdistiller.recipes import get_recipe
+from mdistiller.recipes.describe import differences, find_published, status
 from mdistiller.report.markup import (
     Section,
     from_here,
@@ -15,17 +21,65 @@ from mdistiller.report.markup import (
     text_table,
     value_text,
 )
-from mdistiller.report.measures import MEASURES, measured
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import Row, RunRecord, differing
 from mdistiller.report.sections import RunOutputs
 from mdistiller.report.spread import MeanStd
 from mdistiller.runs.folder import CONFIG
 from mdistiller.runs.progress import counted
+from mdistiller.training.task import load_config
 from mdistiller.types import Metric
 
 _IN_NAMES = ("student.name", "teacher.name", "method.name")  # fields that rows are named by
 Value = str | float | MeanStd | None
+
+
+class Measure(NamedTuple):
+    """Heading, format, and explanation of a measure."""
+
+    head: str
+    spec: str
+    note: str = ""
+
+
+MEASURES = {
+    "agreement": Measure("agreement, %", ".1f", "Agreement: images with the teacher's first class."),
+    "nckd": Measure(
+        "NCKD, nats", ".3f", "NCKD: the part of KD for the other classes, at temperature 4, times 16."
+    ),
+    "tckd": Measure("TCKD, nats", ".3f", "TCKD: the same for the target."),
+    "ece": Measure("ECE, %", ".2f", "ECE: expected calibration error, 15 bins."),
+    "correlation": Measure(
+        "Δ correlation",
+        ".3f",
+        "Δ correlation: difference to the teacher in the correlation of two classes' logits.",
+    ),
+    "silhouette": Measure(
+        "silhouette", ".3f", "Silhouette: mean silhouette coefficient of the classes in the pooled features."
+    ),
+    "knn": Measure(
+        "10 nearest, %",
+        ".1f",
+        "10 nearest: accuracy of the 10 nearest images' vote. Both by cosine distance.",
+    ),
+}
+
+
+def measured(rows: PageRows, found: RunOutputs | None = None) -> dict[str, dict[str, MeanStd]]:
+    """Returns the known measures of each row by label, over its seeds.
+
+    They are the diagnostics of the last epoch on the test images; what the diagnostics lack is computed from
+    the models' outputs, where there are any. A student alone is compared with the teacher of the others.
+    """
+    known = {}
+    for label, runs in rows.groups.items():
+        computed = {} if found is None else found.measures(rows, label)
+        seen = [run.evals[-1].seen() for run in runs]
+        values = {
+            name: [line[name] for line in seen if name in line] or computed.get(name, []) for name in MEASURES
+        }
+        known[label] = {name: MeanStd.of(each) for name, each in values.items() if each}
+    return known
 
 
 class Column(NamedTuple):
@@ -144,6 +198,37 @@ def settings(groups: Mapping[str, Sequence[RunRecord]]) -> list[Section]:
     body = text_table(["row", "settings that differ between rows"], lines, "Table of settings", "settings")
     note = "All other fields of the runs' config.json are equal, except for seed and out."
     return [Section("settings", "Different settings", body + paragraph(note, "note"), folded=True)]
+
+
+def published(page: PageRows) -> list[Section]:
+    """Returns a table of each row's recipe: figure, origin, and the fields that the run changes."""
+    rows = []
+    for label, runs in page.groups.items():
+        recipe = runs[0].config.get("recipe")
+        if isinstance(recipe, str) and recipe and (cells := _cells(recipe, runs[0])):
+            rows.append([label, *cells])
+    if not rows:
+        return []
+    head = ("run", page.metric.head("published"), "origin", "this run")
+    body = text_table(head, rows, "Table of published runs")
+    note = paragraph(
+        "The published top-1 of each recipe says whether it is of the last epoch or of the best one on the "
+        "test set. Compare it only with a run that has the recipe's values and data.",
+        "note",
+    )
+    return [Section("published", "Published runs", body + note, folded=True)]
+
+
+def _cells(recipe: str, run: RunRecord) -> tuple[str, str, str] | None:
+    try:
+        runs, config = find_published(recipe).runs, load_config(run.path / CONFIG)
+        changes = differences(config, get_recipe(config.recipe))
+    except MDistillerError:  # a recipe of a plug-in, or of another version
+        return None
+    if not runs:
+        return None
+    origin = "; ".join(dict.fromkeys([runs[0].source, runs[0].figures])).strip("; ")
+    return status(runs), origin, "; ".join(changes) or "as the recipe"
 
 
 def making(runs: Sequence[RunRecord], *, more: str) -> Section:

@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
-
 from mdistiller.config import RunConfig
 from mdistiller.errors import ConfigError
-from mdistiller.settings import explain
+from mdistiller.settings import validate
 from mdistiller.types import Line
 
 YAML = (".yaml", ".yml")
@@ -28,10 +26,7 @@ def read_config(kind: type[Config], path: Path) -> Config:
     task = kind.model_fields["task"].default
     if values.get("task", task) != task:
         raise ConfigError(f"{path} is the config of a {values['task']!r} run; expected {task!r}")
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise explain(error, str(path), values=values, kind=kind) from error
+    return validate(kind, values, str(path))
 
 
 def read_values(path: Path) -> Line:

@@ -8,12 +8,12 @@ from mdistiller.runs.environment import Machine
 
 
 class Read(BaseModel):
-    """Values that are read from a file, which may be damaged, edited, or written by another version."""
+    """Values that are read from a file, which may be damaged or edited; `title` is its name for messages."""
 
     model_config = ConfigDict(strict=True)
 
 
-class Environment(Machine, Read):
+class Environment(Machine, Read, title="env.json"):
     """Values of a run's `env.json`."""
 
     command: list[str] = []
@@ -22,14 +22,14 @@ class Environment(Machine, Read):
     commit: str | None
 
 
-class Window(Read):
+class Window(Read, title="metrics.jsonl"):
     """Mean loss of a training window, which ends at a step."""
 
     step: int
     loss: float
 
 
-class Evaluation(Read):
+class Evaluation(Read, title="metrics.jsonl"):
     """One evaluation of a run."""
 
     epoch: int
@@ -47,7 +47,7 @@ class Evaluation(Read):
         return {name: value for name, value in values.items() if value is not None}
 
 
-class Summary(Read, extra="allow"):
+class Summary(Read, title="metrics.jsonl", extra="allow"):
     """Summary at a run's end."""
 
     step: int | None = None

@@ -47,24 +47,10 @@ class FolderLock:
 def _try_lock(file: TextIO) -> bool:
     try:
         import fcntl
-    except ImportError:  # Windows
-        return _try_lock_windows(file)
+    except ImportError:  # Windows: the folder is not protected
+        return True
     try:  # unlike flock's, the lock does not pass on to the loader's processes
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    return True
-
-
-def _try_lock_windows(file: TextIO) -> bool:
-    try:
-        import msvcrt
-    except ImportError:  # neither: the folder is not protected
-        return True
-    try:
-        # A byte far behind the content, which stays readable: Windows locks are mandatory.
-        file.seek(1 << 20)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-    except OSError:
         return False
     return True

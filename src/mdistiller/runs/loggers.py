@@ -1,29 +1,61 @@
-"""Loggers of a run's charts beside metrics.jsonl: TensorBoard, Weights & Biases and MLflow."""
+"""Loggers of a run beside metrics.jsonl, TensorBoard, Weights & Biases and MLflow, and their few charts."""
 
 import json
 import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
 from mdistiller.config import RunConfig, with_choices_of
 from mdistiller.errors import install_command
-from mdistiller.runs.charts import METRIC, Point, points_of
 from mdistiller.settings import flatten
 from mdistiller.types import Line
+
+_TRANSFER = ("agreement", "tckd", "nckd")
+METRIC = "metric/"
+"""Beginning of the names of the charts of the run's result."""
+
+
+def charted(line: Line, metrics: Sequence[str]) -> dict[str, float]:
+    """Returns the values of a line of metrics.jsonl that have a chart, by names such as `loss/dkd`.
+
+    Metrics are the names of an evaluation's, the one that picks the best epoch first. A value that is
+    missing in the line, or no number, is left out.
+    """
+    first = metrics[0]
+    found: dict[str, object] = {}
+    if line["kind"] == "train":
+        losses = {k: v for k, v in line.items() if k not in ("kind", "step", "epoch", "lr", "loss", *metrics)}
+        found |= {f"{METRIC}{name}_train": line[name] for name in metrics if name != "loss" and name in line}
+        found["loss/total"] = line.get("loss")
+        if len(losses) > 1:  # the task's alone is the total
+            found |= {f"loss/{name}": value for name, value in losses.items()}
+        found["loss/learning_rate"] = line.get("lr")
+    elif line["kind"] == "eval":
+        found |= {f"{METRIC}{name}": line.get(name) for name in (first, f"best_{first}")}
+        found[f"{METRIC}{first}_ema"] = _part(line, "ema").get(first)
+        found["loss/test"] = line.get("loss")
+        seen = _part(_part(line, "diagnostics"), "test")
+        found |= {f"transfer/{name}": seen.get(name) for name in _TRANSFER}
+        found["speed/ms_per_step"] = line.get("ms_per_step")
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+
+def _part(values: Line, name: str) -> Line:
+    part = values.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 class Logger(Protocol):
     """Logger of the charts of a run; every call may raise."""
 
-    def log(self, points: list[Point]) -> None:
-        """Writes points of charts."""
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of charts at a step."""
 
     def close(self, finished: bool) -> None:
         """Closes the logger after the run's end, or when the run fails or is interrupted."""
@@ -62,8 +94,8 @@ class TensorBoard:
     def _write(self, **content: object) -> None:
         self.records.write(self.events.Event(wall_time=time.time(), **content).SerializeToString())
 
-    def log(self, points: list[Point]) -> None:
-        for name, step, value in points:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
             self._write(step=step, summary=self.summary.scalar(name, value))
         self.records.flush()
 
@@ -94,9 +126,9 @@ class WandB:
         # W&B's own step only rises; after a resume, steps are repeated.
         self.run.define_metric("*", step_metric="step")
 
-    def log(self, points: list[Point]) -> None:
-        for step, same in groupby(points, lambda point: point.step):
-            self.run.log({"step": step} | {name: value for name, _, value in same})
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        if values:
+            self.run.log({"step": step, **values})
 
     def close(self, finished: bool) -> None:
         self.run.finish(exit_code=0 if finished else 1)
@@ -127,11 +159,10 @@ class MLflow:
         parameters = [self.entities.Param(k, str(v)) for k, v in changed.items()]
         self.client.log_batch(self.id, params=parameters)
 
-    def log(self, points: list[Point]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        values = [self.entities.Metric(name, value, now, step) for name, step, value in points]
-        for i in range(0, len(values), 1000):  # the most in one call
-            self.client.log_batch(self.id, metrics=values[i : i + 1000])
+        metrics = [self.entities.Metric(name, value, now, step) for name, value in values.items()]
+        self.client.log_batch(self.id, metrics=metrics)
 
     def close(self, finished: bool) -> None:
         self.client.set_terminated(self.id, "FINISHED" if finished else "FAILED")
@@ -189,12 +220,12 @@ class Loggers:
                 self.on[name] = LOGGERS[name](self.folder, self.config, changed, resumed)
 
     def log(self, line: Line) -> None:
-        """Passes on the points of one line of metrics.jsonl."""
+        """Passes on the charts' values in one line of metrics.jsonl."""
         self.finished = line["kind"] == "summary"
-        points = points_of(line, self.config.metrics)
+        values = charted(line, self.config.metrics)
         for name, logger in list(self.on.items()):
             with self._off_if_it_fails(name):
-                logger.log(points)
+                logger.log(line["step"], values)
 
     def close(self) -> None:
         """Closes all; more calls do nothing."""

@@ -13,27 +13,17 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+Losses = Callable[[], Mapping[str, float]]
+"""Returns the losses of the last steps by name. A call waits for the device."""
+
+
 class Reporter:
     """Display of a run's progress, here none. Calls are cheap and happen in the main process only."""
 
     def built(self, trainer: Any, source: Any) -> None:
-        """Shows a run that is built, before its first step.
+        """Shows a run that is built, with its trainer and batches, before its first step."""
 
-        Args:
-            trainer: its trainer.
-            source: its batches.
-        """
-        return
-
-    def start(
-        self,
-        title: str,
-        total: int,
-        done: int,
-        *,
-        images: int = 1,
-        losses: Callable[[], Mapping[str, float]] = dict,
-    ) -> None:
+    def start(self, title: str, total: int, done: int, *, images: int = 1, losses: Losses = dict) -> None:
         """Begins a run.
 
         Args:
@@ -41,25 +31,20 @@ class Reporter:
             total: number of steps.
             done: steps that are done.
             images: images of a step.
-            losses: returns the losses of the last steps by name. A call waits for the device.
+            losses: see `Losses`.
         """
-        return
 
     def step(self, done: int) -> None:
         """Shows that `done` steps have been issued."""
-        return
 
     def note(self, text: str) -> None:
         """Shows a line about the run."""
-        return
 
     def evaluated(self, line: Line) -> None:
         """Shows a line of evaluation."""
-        return
 
     def stop(self) -> None:
         """Ends the display, whether or not the run finished."""
-        return
 
 
 FIRST_SECONDS = 10.0  # to the first line outside a terminal
@@ -93,15 +78,7 @@ class ProgressDisplay(Reporter):
     def built(self, trainers: Any, source: Any) -> None:
         self.metric: Metric = trainers.config.main_metric()
 
-    def start(
-        self,
-        title: str,
-        total: int,
-        done: int,
-        *,
-        images: int = 1,
-        losses: Callable[[], Mapping[str, float]] = dict,
-    ) -> None:
+    def start(self, title: str, total: int, done: int, *, images: int = 1, losses: Losses = dict) -> None:
         self._print(title)
         self.task = self.progress.add_task("training", total=total, completed=done, facts="")
         self.total, self.images, self.losses = total, images, losses

@@ -8,9 +8,9 @@ import pytest
 from mdistiller.methods import list_methods
 from mdistiller.report.answer import answer, p_text
 from mdistiller.report.looks import method_title
-from mdistiller.report.measures import measured
 from mdistiller.report.page_rows import PageRows
 from mdistiller.report.runs import load_run
+from mdistiller.report.tables import measured
 
 stats = pytest.importorskip("scipy.stats")
 

@@ -15,7 +15,7 @@ from small_runs import CPU, ask_teacher, fit_alone, make_trainer, open_teacher
 from torch import nn
 
 import mdistiller
-from mdistiller.analysis.compare import compare
+from mdistiller.cli.compare import compare
 from mdistiller.config import OptimConfig, RunConfig
 from mdistiller.data import AugmentConfig, DataConfig, load_data
 from mdistiller.errors import ConfigError, Interrupted
