@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,15 +18,9 @@ from torch import Tensor
 from mdistiller.data.decoder import read_image
 from mdistiller.errors import DataError, MissingPackageError
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.listing import (
-    Annotation,
-    Category,
-    Content,
-    Entry,
-    Segmentation,
-    read_sized,
-)
+from mdistiller.tasks.detection.listing import Content, read_sized
 from mdistiller.training.dense import Split
+from mdistiller.types import Line
 
 Target = dict[str, Tensor]
 """Objects of an image: `boxes` [N, 4], `labels` [N] and perhaps `masks` [N, H, W]."""
@@ -50,7 +44,7 @@ class ObjectImage:
     size: tuple[int, int]
     boxes: Tensor
     labels: Tensor
-    segmentations: tuple[Segmentation, ...] | None = None
+    segmentations: tuple[Any, ...] | None = None
     is_labeled: bool = True
 
 
@@ -145,13 +139,13 @@ def coco_classes() -> tuple[Any, Any]:
     return COCO, COCOeval_faster
 
 
-def decode_mask(segmentation: Segmentation, size: tuple[int, int], path: Path) -> Tensor:
+def decode_mask(segmentation: Any, size: tuple[int, int], path: Path) -> Tensor:
     """Decodes a list of polygons or an RLE (compressed or not) to uint8 [H, W] of 0 and 1.
 
     Raises:
         DataError: it is damaged, or of another size than the image at `path`.
     """
-    tools, rle = coco_tools().mask, cast(Any, segmentation)
+    tools, rle = coco_tools().mask, segmentation
     try:
         if isinstance(rle, list):
             rle = tools.merge(tools.frPyObjects(rle, *size))
@@ -220,7 +214,7 @@ def make_set(
         raise DataError(f"{source}: two images have one id")
     ids = list(entries)
     chosen = [ids[i] for i in config.choose(_rarest(content, ids), split)]
-    objects: dict[int, list[Annotation]] = {image: [] for image in chosen}
+    objects: dict[int, list[Line]] = {image: [] for image in chosen}
     for number, annotation in enumerate(content["annotations"]):
         where = f"{source}: annotation {annotation.get('id', number)}"
         image, category = annotation["image_id"], annotation["category_id"]
@@ -297,7 +291,7 @@ def parse_coco(path: Path) -> Content:
     return content
 
 
-def _categories(entries: list[Category], label_ids: str, path: Path) -> tuple[tuple[int, int, str], ...]:
+def _categories(entries: list[Line], label_ids: str, path: Path) -> tuple[tuple[int, int, str], ...]:
     ids = sorted(entry["id"] for entry in entries)
     if not ids or len(set(ids)) < len(ids):
         raise DataError(f"{path}: " + ("two categories have one id" if ids else "it has no categories"))
@@ -315,24 +309,24 @@ def _rarest(content: Content, ids: list[int]) -> list[int]:
     return [rarest.get(image, -1) for image in ids]
 
 
-def _checked(annotation: Annotation, where: str) -> Annotation:
+def _checked(annotation: Line, where: str) -> Line:
     """Returns an annotation with `iscrowd`, and with the area of its box if it has no `area`."""
     box = annotation["bbox"]
     numbers = [v for v in box if isinstance(v, int | float) and math.isfinite(v)]
     if len(box) != 4 or len(numbers) != 4:
         raise DataError(f"{where}: bbox: got {box!r}, need four finite numbers x, y, width, height")
     given = {key: value for key, value in annotation.items() if value is not None}
-    return {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0), **given}  # type: ignore[typeddict-item]
+    return {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0), **given}
 
 
-def _boxes(objects: list[Annotation], size: tuple[int, int]) -> Tensor:
+def _boxes(objects: list[Line], size: tuple[int, int]) -> Tensor:
     """Returns boxes [N, 4] as x1, y1, x2, y2, clipped to the image."""
     boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
     corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
     return torch.minimum(corners.clamp(min=0), torch.tensor([*size[::-1], *size[::-1]]))
 
 
-def has_mask(annotation: Annotation) -> bool:
+def has_mask(annotation: Line) -> bool:
     """Whether an annotation has a polygon of three points or more, or an RLE."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
@@ -340,7 +334,7 @@ def has_mask(annotation: Annotation) -> bool:
     return bool(_polygons(segmentation))
 
 
-def _polygons(segmentation: Segmentation | None) -> Segmentation:
+def _polygons(segmentation: Any) -> Any:
     """Returns an RLE unchanged, or the polygons of three points or more; others would decode as boxes."""
     if isinstance(segmentation, dict):
         return segmentation
@@ -348,7 +342,7 @@ def _polygons(segmentation: Segmentation | None) -> Segmentation:
     return [p for p in given if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
 
 
-def _present(folder: Path, entries: list[Entry], on_error: str) -> list[Entry]:
+def _present(folder: Path, entries: list[Line], on_error: str) -> list[Line]:
     """Returns the entries with a file."""
     is_file = [(folder / entry["file_name"]).is_file() for entry in entries]
     if not all(is_file):

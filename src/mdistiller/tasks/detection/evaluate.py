@@ -18,7 +18,7 @@ from mdistiller.runs.checkpoint import write_text
 from mdistiller.tasks.detection.adapter import float32_coordinates
 from mdistiller.tasks.detection.coco import DetectionSet, Target, coco_classes, coco_tools, has_mask
 from mdistiller.tasks.detection.config import DetectionConfig
-from mdistiller.tasks.detection.listing import Annotation, Content
+from mdistiller.tasks.detection.listing import Content
 from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.teacher import EvalMode
 from mdistiller.training.distributed import World
@@ -77,12 +77,12 @@ def world_results(
     world: World,
     *,
     precision: torch.dtype = torch.float32,
-) -> tuple[list[Annotation], DetectionSet]:
+) -> tuple[list[Line], DetectionSet]:
     """Computes the predictions of all processes in COCO's format for results; see `evaluate_detector`.
 
     The set that is returned beside them has the ground truth of those images alone that could be read.
     """
-    mine: list[Annotation] = []
+    mine: list[Line] = []
     read: list[int] = []
     with torch.no_grad(), EvalMode(model.modules()), float32_coordinates(model):
         for batch in batches:
@@ -97,7 +97,7 @@ def world_results(
     return results, replace(images, ground_truth=truth)
 
 
-def as_results(predictions: Target, images: DetectionSet, position: int) -> list[Annotation]:
+def as_results(predictions: Target, images: DetectionSet, position: int) -> list[Line]:
     """Converts the predictions for the image at `position` in the set to COCO's format for results.
 
     They are `boxes` [N, 4], `labels` [N], `scores` [N], and perhaps `masks` [N, 1, H, W] in [0, 1], in pixels
@@ -111,7 +111,7 @@ def as_results(predictions: Target, images: DetectionSet, position: int) -> list
     rows = zip(categories, predictions["scores"].tolist(), boxes.tolist(), strict=True)
     # A label that is no category's is wrong in any case.
     known = [(i, c, score, box) for i, (c, score, box) in enumerate(rows) if c is not None]
-    results: list[Annotation]
+    results: list[Line]
     results = [
         {"image_id": image, "category_id": c, "bbox": box, "score": score} for _, c, score, box in known
     ]
@@ -124,7 +124,7 @@ def as_results(predictions: Target, images: DetectionSet, position: int) -> list
     return results
 
 
-def average_precision(results: Sequence[Annotation], images: DetectionSet) -> Line:
+def average_precision(results: Sequence[Line], images: DetectionSet) -> Line:
     """Computes COCO's metrics of a list of results, in percent.
 
     AP is the mean over the overlaps 0.5, 0.55 … 0.95 and over the categories that have an object; AP50 and
@@ -149,7 +149,7 @@ def average_precision(results: Sequence[Annotation], images: DetectionSet) -> Li
     return metrics
 
 
-def _evaluate(results: Sequence[Annotation], images: DetectionSet, kind: str) -> Line:
+def _evaluate(results: Sequence[Line], images: DetectionSet, kind: str) -> Line:
     evaluation = _accumulate(results, images, kind)
     metrics: Line = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
     precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
@@ -158,14 +158,14 @@ def _evaluate(results: Sequence[Annotation], images: DetectionSet, kind: str) ->
     return metrics | {"categories": {name: _percent(precision[:, :, k, 0, -1]) for k, name in by_category}}
 
 
-def _accumulate(results: Sequence[Annotation], images: DetectionSet, kind: str) -> "COCOeval":
+def _accumulate(results: Sequence[Line], images: DetectionSet, kind: str) -> "COCOeval":
     """Returns the evaluation of results, summarized."""
     # pycocotools prints, and standard output is for results.
     with contextlib.redirect_stdout(io.StringIO()):
         # pycocotools writes into the annotations.
         truths = enumerate(images.ground_truth["annotations"], 1)
-        annotations: list[Annotation] = [{**a, "id": i} for i, a in truths]
-        rows: list[dict[str, object]] = [dict(r) for r in results]
+        annotations: list[Line] = [{**a, "id": i} for i, a in truths]
+        rows: list[Line] = [dict(r) for r in results]
         keep = {image["id"] for image in images.ground_truth["images"]}
         if kind == "segm":
             keep -= {a["image_id"] for a in annotations if not has_mask(a)}
@@ -182,7 +182,7 @@ def _accumulate(results: Sequence[Annotation], images: DetectionSet, kind: str) 
     return evaluation
 
 
-def _index(content: Content, annotations: list[Annotation]) -> "COCO":
+def _index(content: Content, annotations: list[Line]) -> "COCO":
     index = coco_classes()[0]()
     index.dataset = {"info": {}, **content, "annotations": annotations}
     index.createIndex()

@@ -13,8 +13,9 @@ from mdistiller.errors import DataError
 from mdistiller.tasks.detection import voc, yolo
 from mdistiller.tasks.detection.coco import DetectionSet, ObjectImage, make_set, parse_coco
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.listing import SPLITS, Category, Content, find_folder
+from mdistiller.tasks.detection.listing import SPLITS, Content, find_folder
 from mdistiller.training.dense import DenseSplits, Split, check_apart, check_fraction
+from mdistiller.types import Line
 
 _ROBOFLOW = "_annotations.coco.json"
 _YEAR = {"train": "train2017", "test": "val2017"}
@@ -125,7 +126,7 @@ def _read_coco(
     return content, file.parent if images is None else _find(root, images, []), file
 
 
-def _without_group(content: Content) -> list[Category]:
+def _without_group(content: Content) -> list[Line]:
     """Returns the categories without the one that Roboflow adds as the group of all others."""
     categories = content["categories"]
     groups = {entry.get("supercategory") for entry in categories}

@@ -26,10 +26,10 @@ from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.drawing import class_color, draw_boxes
 from mdistiller.tasks.detection.evaluate import average_precision, world_results
 from mdistiller.tasks.detection.layouts import load_split
-from mdistiller.tasks.detection.listing import Annotation
 from mdistiller.tasks.detection.loader import DetectionLoader
 from mdistiller.tasks.detection.models import build_detector
 from mdistiller.training.distributed import World, pick_device
+from mdistiller.types import Line
 
 MOST = 6  # images that are drawn
 _LONG_SIDE = 480  # pixels of a photograph on the page
@@ -51,7 +51,7 @@ def boxes(rows: PageRows, images: int, device: str, found: RunOutputs | None = N
     except (MDistillerError, OSError) as error:
         return missing_parts([f"The test images cannot be read: {error}"])
 
-    def predict(run: RunRecord) -> list[Annotation]:
+    def predict(run: RunRecord) -> list[Line]:
         check_same_images(_test_images(run, images), data, *_UNUSED)
         return _predict(run, shown, target)
 
@@ -82,7 +82,7 @@ def _test_images(run: RunRecord, images: int) -> DetectionDataConfig:
     return data.replace(test_limit=min(images, data.test_limit or images), masks=False)
 
 
-def _predict(run: RunRecord, images: DetectionSet, device: torch.device) -> list[Annotation]:
+def _predict(run: RunRecord, images: DetectionSet, device: torch.device) -> list[Line]:
     """Predicts objects of all images, in COCO's format for results."""
     student = ModelConfig(name=run.student, checkpoint=run.path)
     model = build_detector(student, images.num_classes).to(device)
@@ -102,7 +102,7 @@ def _photograph(images: DetectionSet, k: int) -> Image.Image:
 
 
 def _drawing(
-    images: DetectionSet, k: int, photograph: Image.Image, results: Sequence[Annotation], label: str
+    images: DetectionSet, k: int, photograph: Image.Image, results: Sequence[Line], label: str
 ) -> str:
     record = images.images[k]
     scale = photograph.width / record.size[1]
@@ -119,9 +119,7 @@ def _drawing(
     return html.picture(torch.from_numpy(np.array(drawn)), _LONG_SIDE, alt)
 
 
-def by_class(
-    rows: PageRows, images: DetectionSet, results: Mapping[str, Sequence[Annotation]]
-) -> html.Section:
+def by_class(rows: PageRows, images: DetectionSet, results: Mapping[str, Sequence[Line]]) -> html.Section:
     """Returns a table of the AP of each class and row.
 
     Raises:

@@ -11,12 +11,12 @@ from mdistiller.errors import DataError
 from mdistiller.tasks.detection.listing import (
     SPLITS,
     Content,
-    Object,
     as_coco,
     find_folder,
     read_names,
     upright_size,
 )
+from mdistiller.types import Line
 
 CLASS_LISTS = ("classes.txt", "labels.txt")
 _LISTS = "ImageSets/Main"
@@ -64,7 +64,7 @@ def read_voc(
         names = sorted({name for file in root.rglob("*.xml") for name, _, _ in _parse(file).objects})
     ids = {name: number for number, name in enumerate(names, 1)}
 
-    def objects(xml: _Xml, width: int, height: int) -> Iterator[Object]:
+    def objects(xml: _Xml, width: int, height: int) -> Iterator[Line]:
         for name, (x1, y1, x2, y2), difficult in xml.objects:
             if name not in ids:
                 raise DataError(f"{xml.file}: object {name!r}; allowed: {', '.join(ids)}")

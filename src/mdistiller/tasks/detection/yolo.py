@@ -8,12 +8,12 @@ from mdistiller.errors import DataError
 from mdistiller.tasks.detection.listing import (
     SPLITS,
     Content,
-    Object,
     as_coco,
     images_in,
     read_names,
     upright_size,
 )
+from mdistiller.types import Line
 
 DESCRIPTIONS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
@@ -66,7 +66,7 @@ def read_yolo(
     if not any(label_file(image).is_file() for image in files):
         raise DataError(f"{files[0].parent} has {len(files)} images and no labels: no {label_file(files[0])}")
 
-    def objects(image: Path, width: int, height: int) -> Iterator[Object]:
+    def objects(image: Path, width: int, height: int) -> Iterator[Line]:
         file = label_file(image)
         points = "kpt_shape" in described
         return _objects(file, names, width, height, has_points=points) if file.is_file() else iter(())
@@ -147,7 +147,7 @@ def _images(source: Path) -> list[Path]:
     return found
 
 
-def _objects(file: Path, names: list[str], width: int, height: int, *, has_points: bool) -> Iterator[Object]:
+def _objects(file: Path, names: list[str], width: int, height: int, *, has_points: bool) -> Iterator[Line]:
     """Yields category id, box in pixels and perhaps a polygon of each line, without the points of a pose."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.layouts import load_split as load_objects
 from mdistiller.tasks.detection.listing import (
     SPLITS,
-    Segmentation,
     find_folder,
     images_in,
     read_names,
@@ -138,7 +137,7 @@ class ObjectMasks(SegmentationSet):
 
     objects: DetectionSet
     ids: dict[int, int]  # class id of each label; background without an entry
-    crowds: dict[int, list[Segmentation]]  # segmentations by image id
+    crowds: dict[int, list[Any]]  # segmentations by image id
 
     def __len__(self) -> int:
         return len(self.objects)
@@ -382,7 +381,7 @@ def _objects(config: SegmentationDataConfig, split: Split) -> ObjectMasks:
         found = name if name in chosen else upper
         if found in chosen:
             ids[label] = chosen.index(found) + 1
-    crowds: dict[int, list[Segmentation]] = {}
+    crowds: dict[int, list[Any]] = {}
     for a in objects.ground_truth["annotations"]:
         if a.get("iscrowd") and has_mask(a):
             crowds.setdefault(a["image_id"], []).append(a["segmentation"])
