@@ -224,10 +224,10 @@ def test_predictions_come_back_in_pixels_of_the_image(squares):
 
 
 def test_labels_of_no_category_are_left_out(tmp_path):
-    images = read_coco(write_set(tmp_path, 3), tmp_path / "images", label_ids="category")
+    images = read_coco(write_set(tmp_path, 3), tmp_path / "images")
     predictions = {
         "boxes": torch.tensor([[0.0, 0, 5, 5], [0, 0, 5, 5]]),
-        "labels": torch.tensor([3, 5]),
+        "labels": torch.tensor([4, 2]),
         "scores": torch.tensor([0.9, 0.8]),
     }
     assert [r["category_id"] for r in as_results(predictions, images, 0)] == [5]

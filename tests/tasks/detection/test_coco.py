@@ -144,12 +144,6 @@ def test_a_file_that_is_no_json(tmp_path):
         read_coco(tmp_path / "a.json", tmp_path)
 
 
-def test_category_ids_as_labels(tmp_path):
-    images = read(tmp_path, None, label_ids="category")
-    assert images.num_classes == 10
-    assert set(torch.cat([image.labels for image in images.images]).tolist()) <= {2, 5, 9}
-
-
 def test_an_image_of_another_size_than_its_annotations_say(tmp_path):
     images = read(tmp_path, lambda c: c["images"][0].update(width=99))
     with pytest.raises(DataError, match="64 x 80 pixels; its annotations have 99 x 80"):

@@ -75,7 +75,7 @@ class DetectionSet:
     @property
     def num_classes(self) -> int:
         """Number of classes of a detector for this set, with the background."""
-        return max(label for label, _, _ in self.categories) + 1
+        return len(self.categories) + 1
 
     @property
     def files(self) -> list[Path]:
@@ -207,7 +207,7 @@ def make_set(
     """
     if config.masks:
         coco_tools()
-    categories = _categories(content["categories"], config.label_ids, source)
+    categories = _categories(content["categories"], source)
     label_of = {category: label for label, category, _ in categories}
     entries = {entry["id"]: entry for entry in content["images"]}
     if len(entries) < len(content["images"]):
@@ -291,14 +291,12 @@ def parse_coco(path: Path) -> Content:
     return content
 
 
-def _categories(entries: list[Line], label_ids: str, path: Path) -> tuple[tuple[int, int, str], ...]:
+def _categories(entries: list[Line], path: Path) -> tuple[tuple[int, int, str], ...]:
     ids = sorted(entry["id"] for entry in entries)
     if not ids or len(set(ids)) < len(ids):
         raise DataError(f"{path}: " + ("two categories have one id" if ids else "it has no categories"))
-    if label_ids == "category" and ids[0] < 1:
-        raise DataError(f"{path}: category {ids[0]} cannot be a label; those begin at 1, 0 is the background")
     names = {entry["id"]: entry["name"] for entry in entries}
-    return tuple((i if label_ids == "category" else n, i, names[i]) for n, i in enumerate(ids, 1))
+    return tuple((label, i, names[i]) for label, i in enumerate(ids, 1))
 
 
 def _rarest(content: Content, ids: list[int]) -> list[int]:

@@ -32,9 +32,6 @@ class DetectionDataConfig(DenseDataConfig):
     pseudo_score: float | None = Field(default=None, gt=0, lt=1)
     """Learn the teacher's boxes of this score or more as the objects of unlabeled images. None: the
     detector's own losses leave these images out."""
-    label_ids: Literal["contiguous", "category"] = "contiguous"
-    """Labels: 1 … K in the order of the category ids, or the ids themselves, as in torchvision's COCO
-    checkpoints (91 classes)."""
 
     @model_validator(mode="after")
     def _check_unlabeled(self) -> Self:

@@ -67,10 +67,8 @@ class DetectorDeployment(DenseDeployment):
     load_split, evaluator, module = staticmethod(load_split), DetectionEvaluator, _FromModel
 
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
-        labels = metadata.get("labels", range(1, len(metadata["classes"]) + 1))
-        names = dict(zip(labels, metadata["classes"], strict=True))
-        classes = [names.get(label, f"label {label}") for label in range(1, metadata["num_classes"])]
-        return {"classes": classes, "data": config.data_facts() if isinstance(config, DenseConfig) else None}
+        facts = config.data_facts() if isinstance(config, DenseConfig) else None
+        return {"classes": metadata["classes"], "data": facts}
 
     def as_model(self, student: nn.Module) -> Model:
         return _Boxes(student).eval()

@@ -132,7 +132,6 @@ class DetectionTask(DenseTask[DetectionConfig, DetectionSet, DetectionBatch]):
             "options": resolve_options(config.student, trained=True, **config.augment.size),
             "classes": data.train.classes,
             "num_classes": data.train.num_classes,
-            "labels": [label for label, _, _ in data.train.categories],
         }
 
     def list_models(self) -> list[Line]:

@@ -160,7 +160,7 @@ def _labels(config: ModelConfig) -> dict[str, int] | None:
     metadata = read_metadata(config.checkpoint)
     names = metadata.get("classes")
     if names:
-        return dict(zip(names, metadata.get("labels") or range(1, len(names) + 1), strict=True))
+        return {name: label for label, name in enumerate(names, 1)}
     if not config.name.startswith("torchvision/"):
         return None
     from torchvision.models import get_model_weights
