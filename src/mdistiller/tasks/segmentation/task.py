@@ -22,9 +22,9 @@ from mdistiller.tasks.segmentation.deployment import SegmenterDeployment
 from mdistiller.tasks.segmentation.loader import SegmentationLoader
 from mdistiller.tasks.segmentation.methods import build_method
 from mdistiller.tasks.segmentation.pixels import PixelLoss
-from mdistiller.tasks.segmentation.segformer import SegFormer
 from mdistiller.tasks.segmentation.segmenter import (
     AUX,
+    SegFormer,
     Segmenter,
     build_segmenter,
     check_segmenter,
