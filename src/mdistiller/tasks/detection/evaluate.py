@@ -63,25 +63,6 @@ def evaluate_detector(
     model runs in evaluation mode, with autocast to `precision`, and is put back into its own mode.
     `predictions` is a JSON file to write, in COCO's format for results.
     """
-    results, images = world_results(model, batches, images, world, precision=precision)
-    if predictions is not None and world.is_main:
-        predictions.parent.mkdir(parents=True, exist_ok=True)
-        write_text(predictions, json.dumps(results) + "\n")
-    return average_precision(results, images)
-
-
-def world_results(
-    model: nn.Module,
-    batches: Iterable[DetectionBatch],
-    images: DetectionSet,
-    world: World,
-    *,
-    precision: torch.dtype = torch.float32,
-) -> tuple[list[Line], DetectionSet]:
-    """Computes the predictions of all processes in COCO's format for results; see `evaluate_detector`.
-
-    The set that is returned beside them has the ground truth of those images alone that could be read.
-    """
     mine: list[Line] = []
     read: list[int] = []
     with torch.no_grad(), EvalMode(model.modules()), float32_coordinates(model):
@@ -89,12 +70,16 @@ def world_results(
             with autocast(world.device, precision):
                 found = model(batch.image)
             read += [images.images[position].id for position in batch.index.tolist()]
-            for position, predictions in zip(batch.index.tolist(), found, strict=True):
-                mine += as_results(predictions, images, position)
+            for position, objects in zip(batch.index.tolist(), found, strict=True):
+                mine += as_results(objects, images, position)
     whole, ids = images.ground_truth, {image for part in world.gather(read) for image in part}
     truth: Content = {**whole, "images": [entry for entry in whole["images"] if entry["id"] in ids]}
     results = [result for part in world.gather(mine) for result in part]
-    return results, replace(images, ground_truth=truth)
+    if predictions is not None and world.is_main:
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        write_text(predictions, json.dumps(results) + "\n")
+    # The ground truth of those images alone that could be read.
+    return average_precision(results, replace(images, ground_truth=truth))
 
 
 def as_results(predictions: Target, images: DetectionSet, position: int) -> list[Line]:
