@@ -20,6 +20,7 @@ from mdistiller.data.cores import Workers
 from mdistiller.data.encoded import as_encoded
 from mdistiller.data.identity import COMPARED, hash_all
 from mdistiller.data.labels import stratified_cut
+from mdistiller.data.loader import Order, WorkerLoader
 from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.models.backbone import is_backbone
@@ -211,6 +212,7 @@ class DenseSet(Protocol):
 
 
 Images = TypeVar("Images")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +222,35 @@ class DenseSplits(Generic[Images]):
     train: Images
     test: Images
     description: str
+
+
+class DenseLoader(WorkerLoader[list[S]]):
+    """Batches of images with objects or masks, the same for any number of worker processes.
+
+    Args:
+        images: the set.
+        config: settings of the run, from which seed, batch size and workers are taken.
+        world: this process, which reads its share of the images.
+        read: reads a sample by its position and the seed of the view.
+        training: the batches of training, in random order; otherwise those of evaluation.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        config: DenseConfig,
+        world: World,
+        read: Callable[[int, int], S],
+        *,
+        training: bool,
+    ) -> None:
+        order = Order(device=world.device, shuffle=training, rank=world.rank, world_size=world.size)
+        size = config.eval_batch_size or 1
+        if training:
+            size = config.batch_size // world.size
+            order.update(seed=config.seed, drop_last=config.drop_last)
+        workers = config.data.workers
+        super().__init__(len(images), size, read, list, on_error=images.on_error, workers=workers, **order)
 
 
 class DenseDeployment(Deployment):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mdistiller.data.decoder import read_image
 from mdistiller.errors import DataError, MissingPackageError
-from mdistiller.tasks.detection.config import DetectionDataConfig
+from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionDataConfig
 from mdistiller.tasks.detection.listing import Content, read_sized
 from mdistiller.training.dense import Split
 from mdistiller.types import Line
@@ -163,12 +163,7 @@ def decode_mask(segmentation: Any, size: tuple[int, int], path: Path) -> Tensor:
         raise DataError(f"a mask of image {path} cannot be decoded: {error}") from error
 
 
-def train_transform(
-    short_sides: tuple[int, ...],
-    long_side: int,
-    flip: bool,
-    scale_jitter: tuple[float, float] | None = None,
-) -> Transform:
+def train_transform(augment: DetectionAugmentConfig) -> Transform:
     """Returns a transform that scales to a random short side, within the long side, and mirrors half.
 
     With `scale_jitter` it scales an image to fit a square of the last short side, times a random factor
@@ -177,11 +172,11 @@ def train_transform(
     """
     from torchvision.transforms import v2
 
-    flips = [v2.RandomHorizontalFlip()] if flip else []
-    scales: list[v2.Transform] = [v2.RandomShortestSize(list(short_sides), long_side)]
-    if scale_jitter is not None:
-        side = (short_sides[-1], short_sides[-1])
-        scales = [v2.ScaleJitter(side, scale_jitter), v2.RandomCrop(side, pad_if_needed=True)]
+    flips = [v2.RandomHorizontalFlip()] if augment.flip else []
+    scales: list[v2.Transform] = [v2.RandomShortestSize(list(augment.short_sides), augment.long_side)]
+    if augment.scale_jitter is not None:
+        side = (augment.short_sides[-1], augment.short_sides[-1])
+        scales = [v2.ScaleJitter(side, augment.scale_jitter), v2.RandomCrop(side, pad_if_needed=True)]
     return v2.Compose([*scales, *flips, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from mdistiller.data.loader import Order
 from mdistiller.errors import ConfigError
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.tasks.detection.adapter import float32_coordinates
@@ -39,8 +38,7 @@ class DetectionEvaluator:
         coco_tools()  # is missing before the first step rather than after an epoch
         self.images, self.world = images, world
         self.precision = torch_dtype(config.precision)
-        order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
-        self.loader = DetectionLoader(images, config.eval_batch_size, workers=config.data.workers, **order)
+        self.loader = DetectionLoader(images, config, world, training=False)
 
     def __call__(self, model: nn.Module, is_student: bool = True, *, predictions: Path | None = None) -> Line:
         """Computes the metrics of a model; see `evaluate_detector`."""

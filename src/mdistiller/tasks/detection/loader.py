@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple, Unpack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mdistiller.data.cores import Workers
-from mdistiller.data.loader import Order, WorkerLoader
 from mdistiller.seeding import derive_seed
-from mdistiller.tasks.detection.coco import DetectionSet, Target, Transform
+from mdistiller.tasks.detection.coco import DetectionSet, Target, Transform, train_transform
+from mdistiller.tasks.detection.config import DetectionConfig
+from mdistiller.training.dense import DenseLoader
+from mdistiller.training.distributed import World
 
 
 class DetectionBatch(NamedTuple):
@@ -50,30 +51,15 @@ def _read(
     return image.as_subclass(Tensor), {key: value.as_subclass(Tensor) for key, value in target.items()}
 
 
-class DetectionLoader(WorkerLoader[list[tuple[Tensor, Target]]]):
-    """Batches of a detection set, read by worker processes and the same for any number of them.
-
-    Args:
-        images: the set.
-        batch_size: images per batch on this rank.
-        transform: change of images and objects, seeded by epoch and image; None for evaluation.
-        workers: processes that read; 0 for this one.
-        order: see `Order`; errors as `SampleOrder`.
-    """
+class DetectionLoader(DenseLoader[tuple[Tensor, Target]]):
+    """Batches of a detection set; see `DenseLoader`."""
 
     def __init__(
-        self,
-        images: DetectionSet,
-        batch_size: int,
-        *,
-        transform: Transform | None = None,
-        workers: Workers = "auto",
-        **order: Unpack[Order],
+        self, images: DetectionSet, config: DetectionConfig, world: World, *, training: bool
     ) -> None:
+        transform = train_transform(config.augment) if training else None
         read = partial(_read, images=images, transform=transform)
-        super().__init__(
-            len(images), batch_size, read, list, on_error=images.on_error, workers=workers, **order
-        )
+        super().__init__(images, config, world, read, training=training)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[DetectionBatch]:
         """Yields an epoch from batch `first`; raises DataError for unreadable images, as `on_error` says."""

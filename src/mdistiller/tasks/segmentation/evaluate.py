@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mdistiller.data.loader import Order
 from mdistiller.methods.base import promote
 from mdistiller.tasks.segmentation.config import SegmentationConfig
 from mdistiller.tasks.segmentation.data import SegmentationSet
@@ -23,14 +22,7 @@ class SegmentationEvaluator:
     def __init__(self, config: SegmentationConfig, images: SegmentationSet, world: World) -> None:
         self.images, self.world = images, world
         self.precision = torch_dtype(config.precision)
-        data = config.data
-        order = Order(device=world.device, rank=world.rank, world_size=world.size)
-        self.loader = SegmentationLoader(
-            *(images, config.eval_batch_size, config.augment, data.mean, data.std),
-            training=False,
-            workers=data.workers,
-            **order,
-        )
+        self.loader = SegmentationLoader(images, config, world, training=False)
 
     def __call__(self, model: nn.Module, is_student: bool = True) -> Line:
         """Computes the metrics of a model; see `metrics_of`."""

@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Unpack
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mdistiller.data.cores import Workers
 from mdistiller.data.dataset import Triple
 from mdistiller.data.draws import Draws
-from mdistiller.data.loader import Order, WorkerLoader
-from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig
+from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig, SegmentationConfig
 from mdistiller.tasks.segmentation.data import IGNORE, Mask, SegmentationSet
+from mdistiller.training.dense import DenseLoader
+from mdistiller.training.distributed import World
+from mdistiller.training.precision import memory_format
 from mdistiller.types import IGNORED, Batch
 
 
@@ -98,40 +98,16 @@ def _read(
     return to_tensor(scaled(image, config.short_side)), torch.from_numpy(mask)
 
 
-class SegmentationLoader(WorkerLoader[list[tuple[Tensor, Tensor]]]):
-    """Batches of a set of images with masks, the same for any number of worker processes.
-
-    Args:
-        images: the set.
-        batch_size: images per batch on this rank.
-        augment: sizes and random changes.
-        mean, std: of each color channel, for images scaled to [0, 1].
-        training: change images at random; otherwise they are those of evaluation.
-        layout: memory format of training images.
-        workers: processes that read; 0 for this one.
-        order: see `Order`; errors as `SampleOrder`.
-    """
+class SegmentationLoader(DenseLoader[tuple[Tensor, Tensor]]):
+    """Batches of a set of images with masks; see `DenseLoader`."""
 
     def __init__(
-        self,
-        images: SegmentationSet,
-        batch_size: int,
-        augment: SegmentationAugmentConfig,
-        mean: Triple,
-        std: Triple,
-        *,
-        training: bool,
-        layout: torch.memory_format = torch.contiguous_format,
-        workers: Workers = "auto",
-        **order: Unpack[Order],
+        self, images: SegmentationSet, config: SegmentationConfig, world: World, *, training: bool
     ) -> None:
-        fill = tuple(round(255 * value) for value in mean)
-        order["shuffle"] = training
-        read = partial(_read, images=images, config=augment, fill=fill, training=training)
-        super().__init__(
-            len(images), batch_size, read, list, on_error=images.on_error, workers=workers, **order
-        )
-        self.mean, self.std, self.layout = mean, std, layout
+        self.mean, self.std, self.layout = config.data.mean, config.data.std, memory_format(config.layout)
+        fill = tuple(round(255 * value) for value in self.mean)
+        read = partial(_read, images=images, config=config.augment, fill=fill, training=training)
+        super().__init__(images, config, world, read, training=training)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Yields an epoch of training from batch `first`: image float32 [B, 3, h, w], label int64 [B, h, w].

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.config import SELF
-from mdistiller.data.loader import Order
 from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
@@ -34,7 +33,7 @@ from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.dense import DenseSplits, DenseTask, check_classes
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import memory_format, torch_dtype
+from mdistiller.training.precision import torch_dtype
 from mdistiller.training.task import try_single_image
 from mdistiller.types import IGNORED, Batch, DataInfo, Line
 
@@ -139,17 +138,9 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
     def make_batches(
         self, config: SegmentationConfig, data: SegmentationSplits, world: World
     ) -> BatchSource[Batch]:
-        layout = memory_format(config.layout)
-        order = Order(device=world.device, seed=config.seed, rank=world.rank, world_size=world.size)
-        order["drop_last"] = config.drop_last
-        loader = SegmentationLoader(
-            *(data.train, config.batch_size // world.size, config.augment, config.data.mean, config.data.std),
-            training=True,
-            layout=layout,
-            workers=config.data.workers,
-            **order,
-        )
-        return BatchSource(loader, world, precision=torch_dtype(config.precision), memory_format=layout)
+        loader = SegmentationLoader(data.train, config, world, training=True)
+        precision = torch_dtype(config.precision)
+        return BatchSource(loader, world, precision=precision, memory_format=loader.layout)
 
     def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         known = (batch.label != IGNORED).sum().clamp(min=1)
