@@ -10,6 +10,7 @@ from PIL import Image
 from mdistiller.data.decoder import plain, read_image
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.errors import DataError
+from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.types import Line
 
 SPLITS = {"train": ("train",), "test": ("val", "valid", "validation", "test")}
@@ -31,24 +32,23 @@ Source = TypeVar("Source")
 
 
 def as_coco(
-    root: Path,
+    config: DetectionDataConfig,
     names: Sequence[str],
     sources: Iterable[Source],
     locate: Callable[[Source], tuple[Path, tuple[int, int]]],
     objects: Callable[[Source, int, int], Iterable[Line]],
-    *,
-    skip: bool,
 ) -> Content:
     """Makes the lists of a COCO-format JSON; category ids are 1 … K in the order of the names.
 
     Args:
-        root: folder to which `file_name` is relative.
+        config: settings of the data; `file_name` is relative to its root. With `on_error="skip"` images for
+            which `locate` raises DataError are left out, with a warning.
         names: names of the classes.
         sources: what there is of each image.
         locate: finds its file and its (width, height).
         objects: reads its objects; gets the width and the height too.
-        skip: leave out images for which `locate` raises DataError, with a warning.
     """
+    root = config.root
     categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
     content: Content = {"images": [], "annotations": [], "categories": categories}
     errors = []
@@ -56,7 +56,7 @@ def as_coco(
         try:
             path, (width, height) = locate(source)
         except DataError as error:
-            if not skip:
+            if config.on_error == "raise":
                 raise
             errors.append(str(error))
             continue
