@@ -29,7 +29,7 @@ from mdistiller.settings import Settings
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment, Model
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import lay_out, memory_format
+from mdistiller.training.precision import lay_out, memory_format, torch_dtype
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Evaluator
 from mdistiller.types import AnyBatch, Line
@@ -248,7 +248,7 @@ class DenseLoader(WorkerLoader[list[S]]):
         size = config.eval_batch_size or 1
         if training:
             size = config.batch_size // world.size
-            order.update(seed=config.seed, drop_last=config.drop_last)
+            order["seed"], order["drop_last"] = config.seed, config.drop_last
         workers = config.data.workers
         super().__init__(len(images), size, read, list, on_error=images.on_error, workers=workers, **order)
 
@@ -259,19 +259,31 @@ class DenseDeployment(Deployment):
     batches = (1,)
     load_split: ClassVar[Callable[..., Any]]
     """Function that reads a split of a config of data."""
-    evaluator: ClassVar[type[Any]]
-    """Class of the metrics, made from a config, the test images and this process."""
+    loader: ClassVar[Callable[..., DenseLoader[Any]]]
+    """Class of the loader of a set."""
+    measure: ClassVar[Callable[..., Line]]
+    """Function that computes the metrics of a model from batches, their set, this process and a precision."""
     module: ClassVar[type[nn.Module]]
-    """Class of the module of a `Model` that `evaluator` takes."""
+    """Class of the module of a `Model` that `measure` takes."""
 
     def load_test_set(self, config: RunConfig) -> DenseSplits[Any]:
         assert isinstance(config, DenseConfig)
         images = self.load_split(config.data, "test")
         return DenseSplits(train=images, test=images, description="")
 
+    def evaluator(self, config: DenseConfig, images: Any, world: World) -> Callable[..., Line]:
+        """Returns a function that computes the metrics of a model on a set of images."""
+        loader, precision = self.loader(images, config, world, training=False), torch_dtype(config.precision)
+
+        def evaluate(model: nn.Module, is_student: bool = True, **options: Any) -> Line:
+            return self.measure(model, loader.epoch(0), images, world, precision=precision, **options)
+
+        return evaluate
+
     def evaluate(
         self, models: Sequence[Model], config: RunConfig, data: DenseSplits[Any], device: torch.device
     ) -> list[Line]:
+        assert isinstance(config, DenseConfig)
         float32 = config.model_copy(update={"precision": "float32"})
         evaluate = self.evaluator(float32, data.test, World(device))
         found = (evaluate(self.module(model)) for model in models)

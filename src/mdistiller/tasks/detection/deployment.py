@@ -2,7 +2,7 @@
 
 import colorsys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +12,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.tasks.detection.coco import DetectionSet
+from mdistiller.tasks.detection.coco import DetectionSet, coco_tools
 from mdistiller.tasks.detection.config import DetectionConfig
-from mdistiller.tasks.detection.evaluate import DetectionEvaluator
+from mdistiller.tasks.detection.evaluate import evaluate_detector
 from mdistiller.tasks.detection.layouts import load_split
+from mdistiller.tasks.detection.loader import DetectionLoader
 from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
 from mdistiller.training.deployment import Format, Model, ModelInput
+from mdistiller.training.distributed import World
 from mdistiller.types import Line
 
 _CHECKED = ((120, 90), (96, 128), (150, 100))  # height, width
@@ -64,7 +66,8 @@ class DetectorDeployment(DenseDeployment):
     outputs = ("boxes", "labels", "scores")
     hub_task = "object-detection"
     predictions = "boxes"
-    load_split, evaluator, module = staticmethod(load_split), DetectionEvaluator, _FromModel
+    load_split, measure = staticmethod(load_split), staticmethod(evaluate_detector)
+    loader, module = DetectionLoader, _FromModel
 
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
         facts = config.data_facts() if isinstance(config, DenseConfig) else None
@@ -142,6 +145,10 @@ for box, label, score in zip(boxes, labels, scores):
         self, fields: ModelInput, count: int, data: DenseSplits[DetectionSet] | None
     ) -> Tensor | None:
         return None if data is None or count > 1 else data.test.read(0)[0].float() / 255
+
+    def evaluator(self, config: DenseConfig, images: DetectionSet, world: World) -> Callable[..., Line]:
+        coco_tools()  # is missing before the first step rather than after an epoch
+        return super().evaluator(config, images, world)
 
     def load_test_set(self, config: RunConfig) -> DenseSplits[Any]:
         assert isinstance(config, DetectionConfig)

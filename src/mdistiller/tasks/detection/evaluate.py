@@ -16,12 +16,11 @@ from mdistiller.errors import ConfigError
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.tasks.detection.adapter import float32_coordinates
 from mdistiller.tasks.detection.coco import DetectionSet, Target, coco_classes, coco_tools, has_mask
-from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.listing import Content
-from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
+from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.teacher import EvalMode
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import autocast, torch_dtype
+from mdistiller.training.precision import autocast
 from mdistiller.types import Line
 
 if TYPE_CHECKING:
@@ -29,21 +28,6 @@ if TYPE_CHECKING:
     from pycocotools.cocoeval import COCOeval
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve, in its order
-
-
-class DetectionEvaluator:
-    """Average precision of models on a set of images, with a config's batch size, precision and workers."""
-
-    def __init__(self, config: DetectionConfig, images: DetectionSet, world: World) -> None:
-        coco_tools()  # is missing before the first step rather than after an epoch
-        self.images, self.world = images, world
-        self.precision = torch_dtype(config.precision)
-        self.loader = DetectionLoader(images, config, world, training=False)
-
-    def __call__(self, model: nn.Module, is_student: bool = True, *, predictions: Path | None = None) -> Line:
-        """Computes the metrics of a model; see `evaluate_detector`."""
-        data = self.loader.epoch(0), self.images, self.world
-        return evaluate_detector(model, *data, precision=self.precision, predictions=predictions)
 
 
 def evaluate_detector(

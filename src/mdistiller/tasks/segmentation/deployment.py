@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mdistiller.config import RunConfig
 from mdistiller.tasks.segmentation.data import SegmentationSet, load_split, palette
-from mdistiller.tasks.segmentation.evaluate import SegmentationEvaluator, classify
-from mdistiller.tasks.segmentation.loader import normalize, scaled, to_tensor
+from mdistiller.tasks.segmentation.evaluate import classify, evaluate_segmenter
+from mdistiller.tasks.segmentation.loader import SegmentationLoader, normalize, scaled, to_tensor
 from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
 from mdistiller.training.deployment import Model, ModelInput, ModuleOf, normalize_code
 from mdistiller.types import Line
@@ -32,7 +32,8 @@ class SegmenterDeployment(DenseDeployment):
     hub_task = "image-segmentation"
     predictions = "classes"
     axes = {0: "batch", 2: "height", 3: "width"}  # noqa: RUF012
-    load_split, evaluator, module = staticmethod(load_split), SegmentationEvaluator, ModuleOf
+    load_split, measure = staticmethod(load_split), staticmethod(evaluate_segmenter)
+    loader, module = SegmentationLoader, ModuleOf
 
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
         fields = {name: metadata[name] for name in ("classes", "mean", "std")}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -104,37 +105,26 @@ class SegmentationLoader(DenseLoader[tuple[Tensor, Tensor]]):
     def __init__(
         self, images: SegmentationSet, config: SegmentationConfig, world: World, *, training: bool
     ) -> None:
-        self.mean, self.std, self.layout = config.data.mean, config.data.std, memory_format(config.layout)
+        self.mean, self.std = config.data.mean, config.data.std
+        self.layout = memory_format(config.layout) if training else torch.contiguous_format
         fill = tuple(round(255 * value) for value in self.mean)
         read = partial(_read, images=images, config=config.augment, fill=fill, training=training)
         super().__init__(images, config, world, read, training=training)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yields an epoch of training from batch `first`: image float32 [B, 3, h, w], label int64 [B, h, w].
+        """Yields an epoch from batch `first`: image float32 [B, 3, h, w], label int64 [B, H, W].
+
+        In evaluation, neighbors of one size are a batch, and labels have the masks' size.
 
         Raises:
             DataError: unreadable images, as `on_error` says.
         """
         for samples, position, _ in self._parts(epoch, first):
-            images, masks = zip(*samples, strict=True)
-            image = normalize(self._to_device(torch.stack(images)), self.mean, self.std)
-            label = class_ids(self._to_device(torch.stack(masks)))
-            yield Batch(image.contiguous(memory_format=self.layout), label, self._to_device(position))
-
-    def groups(self) -> Iterator[Batch]:
-        """Yields the images for evaluation, neighbors of one size together; labels in the masks' size."""
-        for samples, position, _ in self._parts(0):
-            rows: list[tuple[Tensor, Tensor, Tensor]] = []
-            for (image, mask), index in zip(samples, position, strict=True):
-                if rows and (rows[-1][0].shape, rows[-1][1].shape) != (image.shape, mask.shape):
-                    yield self._group(rows)
-                    rows = []
-                rows.append((image, mask, index))
-            yield self._group(rows)
-
-    def _group(self, rows: list[tuple[Tensor, Tensor, Tensor]]) -> Batch:
-        image, mask, index = (self._to_device(torch.stack(parts)) for parts in zip(*rows, strict=True))
-        return Batch(normalize(image, self.mean, self.std), class_ids(mask), index)
+            rows = [(image, mask, index) for (image, mask), index in zip(samples, position, strict=True)]
+            for _, group in groupby(rows, lambda row: (row[0].shape, row[1].shape)):
+                images, masks, index = map(self._to_device, map(torch.stack, zip(*group, strict=True)))
+                normal = normalize(images, self.mean, self.std).contiguous(memory_format=self.layout)
+                yield Batch(normal, class_ids(masks), index)
 
 
 def class_ids(mask: Tensor) -> Tensor:
