@@ -259,7 +259,7 @@ class DenseDeployment(Deployment):
     batches = (1,)
     load_split: ClassVar[Callable[..., Any]]
     """Function that reads a split of a config of data."""
-    loader: ClassVar[Callable[..., DenseLoader[Any]]]
+    loader: ClassVar[Callable[..., Any]]
     """Class of the loader of a set."""
     measure: ClassVar[Callable[..., Line]]
     """Function that computes the metrics of a model from batches, their set, this process and a precision."""

@@ -1,6 +1,5 @@
 """Segmentation models by name: torchvision's heads on dilated classifiers, and SegFormer."""
 
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -147,25 +146,16 @@ def check_segmenter(name: str) -> None:
         raise UnknownNameError("segmentation model", name, list_segmenters())
 
 
-def create_segmenter(
-    name: str,
-    num_classes: int,
-    *,
-    backbone_weights: str | Path | None = None,
-    aux: bool = False,
-    output_stride: int = 8,
-    **options: Any,
-) -> nn.Module:
+def create_segmenter(name: str, num_classes: int, **options: Any) -> nn.Module:
     """Builds a segmentation model.
 
     Args:
         name: `HEAD_BACKBONE`, such as `deeplabv3_resnet18`, `lraspp_mobilenet_v3_large`, `segformer_b0`.
         num_classes: number of classes, with a background class if there is one.
-        backbone_weights: weights of the backbone as a classifier, see `create_backbone`; SegFormer takes
-            `weights` instead, see `create_segformer`.
-        aux: add torchvision's auxiliary classifier (DeepLabV3 and FCN).
-        output_stride: pixels of the image for one of a ResNet's last map: 8, as in torchvision, 16 or 32.
-        options: further arguments of `create_segformer`; none for other models.
+        options: of SegFormer `weights`, see `create_segformer`. Of other models `backbone_weights`, weights
+            of the backbone as a classifier, see `create_backbone`; `aux`, true to add torchvision's auxiliary
+            classifier (DeepLabV3 and FCN); `output_stride`, pixels of the image for one of a ResNet's last
+            map: 8, as in torchvision, 16 or 32. None: the default.
 
     Raises:
         UnknownNameError: no such model or option.
@@ -175,23 +165,16 @@ def create_segmenter(
     check_segmenter(name)
     head, _, backbone = name.partition("_")
     takes = ["backbone_weights"] + ["aux"] * (head in ("deeplabv3", "fcn"))
-    takes += ["output_stride"] * (backbone in _RESNETS)
-    if head == "segformer":
-        takes = [
-            p for p in inspect.signature(create_segformer).parameters if p not in ("size", "num_classes")
-        ]
-    given = [*options, *["backbone_weights"] * (backbone_weights is not None)]
-    given += ["aux"] * bool(aux) + ["output_stride"] * (output_stride != 8)
-    for option in given:
+    takes = ["weights"] if head == "segformer" else takes + ["output_stride"] * (backbone in _RESNETS)
+    options = {option: value for option, value in options.items() if value is not None}
+    for option in options:
         if option not in takes:
             what = f"option of segmentation model {name!r}"
             raise UnknownNameError(what, option, takes, backbone_hint(option))
-    if output_stride not in STRIDES:
-        raise ConfigError(f"output_stride: got {output_stride!r}; allowed: {', '.join(map(str, STRIDES))}")
     if head == "segformer":
         return create_segformer(backbone, num_classes, **options)
     build = _resnet if backbone in _RESNETS else _mobilenet
-    model = build(head, backbone, num_classes, backbone_weights, aux, output_stride)
+    model = build(head, backbone, num_classes, **options)
     for module in model.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]  # a tap must keep its value
@@ -222,11 +205,18 @@ def resolve_options(config: ModelConfig, *, trained: bool) -> Line:
 
 
 def _resnet(
-    head: str, name: str, num_classes: int, weights: str | Path | None, aux: bool, output_stride: int
+    head: str,
+    name: str,
+    num_classes: int,
+    backbone_weights: str | Path | None = None,
+    aux: bool = False,
+    output_stride: int = 8,
 ) -> Segmenter:
     from torchvision.models._utils import IntermediateLayerGetter
 
-    classifier = create_backbone(name, weights)
+    if output_stride not in STRIDES:
+        raise ConfigError(f"output_stride: got {output_stride!r}; allowed: {', '.join(map(str, STRIDES))}")
+    classifier = create_backbone(name, backbone_weights)
     for layer, previous, dilation in {8: ((3, 1, 2), (4, 2, 4)), 16: ((4, 1, 2),), 32: ()}[output_stride]:
         _dilate(classifier.get_submodule(f"layer{layer}"), previous, dilation)
     width: int = classifier.fc.in_features  # type: ignore[union-attr, assignment]
@@ -245,12 +235,12 @@ def _dilate(layer: nn.Module, previous: int, dilation: int) -> None:
 
 
 def _mobilenet(
-    head: str, name: str, num_classes: int, weights: str | Path | None, aux: bool, output_stride: int
+    head: str, name: str, num_classes: int, backbone_weights: str | Path | None = None, aux: bool = False
 ) -> Segmenter:
     from torchvision.models._utils import IntermediateLayerGetter
     from torchvision.models.mobilenetv3 import InvertedResidual
 
-    features = create_backbone(name, weights, dilated=True).get_submodule("features")
+    features = create_backbone(name, backbone_weights, dilated=True).get_submodule("features")
     blocks: list[InvertedResidual] = list(features.children())
     # As in torchvision: the first block of each resolution, and the last one.
     starts = [i for i, block in enumerate(blocks) if getattr(block, "_is_cn", False)]

@@ -91,7 +91,6 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
         if isinstance(model, SegFormer) and model.trained is not None:
             _check_weights(model.trained, data.train.classes)
         trained = {} if teacher.checkpoint is None else read_metadata(teacher.checkpoint)
-        where = f"teacher.checkpoint: {teacher.checkpoint}"
         check_classes(where, trained.get("classes"), data.train.classes, f": {advice}")
         images = [list(getattr(config.data, name)) for name in ("mean", "std")]
         own = [list(trained.get(name, value)) for name, value in zip(("mean", "std"), images, strict=True)]
