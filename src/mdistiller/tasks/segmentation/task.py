@@ -13,6 +13,7 @@ from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
 from mdistiller.models.backbone import is_backbone
 from mdistiller.models.external import InputConfig, tap_points
+from mdistiller.models.own_input import with_own_input
 from mdistiller.models.weights import read_metadata
 from mdistiller.tasks.classification.models import build_backbone
 from mdistiller.tasks.segmentation.config import SegmentationConfig
@@ -92,17 +93,9 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
             _check_weights(model.trained, data.train.classes)
         trained = {} if teacher.checkpoint is None else read_metadata(teacher.checkpoint)
         check_classes(where, trained.get("classes"), data.train.classes, f": {advice}")
-        images = [list(getattr(config.data, name)) for name in ("mean", "std")]
-        own = [list(trained.get(name, value)) for name, value in zip(("mean", "std"), images, strict=True)]
-        if own != images:
-            flags = " ".join(
-                f"--data.{n} {' '.join(map(str, v))}" for n, v in zip(("mean", "std"), own, strict=True)
-            )
-            raise ConfigError(
-                f"{where} was trained on images of mean {own[0]} and "
-                f"standard deviation {own[1]}; the data has {images[0]} and {images[1]}: give {flags}"
-            )
-        return model
+        images = InputConfig(config.data.mean, config.data.std)
+        own = {name: tuple(trained[name]) for name in ("mean", "std") if name in trained}
+        return with_own_input(model, images, images._replace(**own))
 
     def head(self, student: nn.Module) -> tuple[str, ...]:
         assert isinstance(student, Segmenter | SegFormer)
