@@ -123,7 +123,8 @@ def _trained_on(
     The labels are by name, None where the classes have none. The number counts the background; None: only the
     weights tell it. The origin is None for a config without weights.
     """
-    short, checkpoint = config.name.removeprefix("torchvision/"), config.checkpoint
+    short, is_set = config.name.removeprefix("torchvision/"), kind_of(config.name) is not None
+    checkpoint = config.checkpoint
     given = config.options.get("weights") or ("DEFAULT" if config.options.get("pretrained") else None)
     if checkpoint is not None:
         metadata = read_metadata(checkpoint)
@@ -131,8 +132,9 @@ def _trained_on(
         known = {name: label for label, name in enumerate(names, 1)} if names else None
         if not names and short != config.name:
             known = _coco_labels(short, checkpoint)
-        return "checkpoint", checkpoint, known, metadata.get("num_classes")
-    if given and kind_of(config.name) is not None:
+        # Outputs of other detectors are counted, as one's own may have none that belong to a class.
+        return "checkpoint", checkpoint, known, metadata.get("num_classes") if is_set else None
+    if given and is_set:
         return "options", Path(given), *class_names(Path(given))
     if given and short != config.name:
         from torchvision.models import get_model_weights
