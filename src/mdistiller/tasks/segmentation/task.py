@@ -93,9 +93,8 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
             _check_weights(model.trained, data.train.classes)
         trained = {} if teacher.checkpoint is None else read_metadata(teacher.checkpoint)
         check_classes(where, trained.get("classes"), data.train.classes, f": {advice}")
-        images = InputConfig(config.data.mean, config.data.std)
-        own = {name: tuple(trained[name]) for name in ("mean", "std") if name in trained}
-        return with_own_input(model, images, images._replace(**own))
+        mean, std = (tuple(trained.get(name, getattr(config.data, name))) for name in ("mean", "std"))
+        return with_own_input(model, InputConfig(config.data.mean, config.data.std), InputConfig(mean, std))
 
     def head(self, student: nn.Module) -> tuple[str, ...]:
         assert isinstance(student, Segmenter | SegFormer)
