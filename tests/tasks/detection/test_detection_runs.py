@@ -30,10 +30,10 @@ from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.loggers import hyper_parameters
 from mdistiller.runs.progress import Reporter
+from mdistiller.tasks.detection.coco import DetectionBatch
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.deployment import Box, class_color
 from mdistiller.tasks.detection.distiller import DetectionTeacher
-from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.tasks.detection.methods import default_config
 from mdistiller.training import choose
 from mdistiller.training.build import build_run

@@ -20,10 +20,10 @@ from torchvision.ops import MultiScaleRoIAlign
 from mdistiller.methods import load_plugin
 from mdistiller.tasks.detection import models
 from mdistiller.tasks.detection.adapters import adapter_of
+from mdistiller.tasks.detection.coco import DetectionBatch, DetectionLoader
 from mdistiller.tasks.detection.config import DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.distiller import DetectionTeacher
 from mdistiller.tasks.detection.layouts import load_split
-from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.training.distributed import World
 
 CPU = World(torch.device("cpu"))

@@ -12,11 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.tasks.detection.coco import DetectionSet, coco_tools
+from mdistiller.tasks.detection.coco import DetectionLoader, DetectionSet, coco_tools
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.evaluate import evaluate_detector
 from mdistiller.tasks.detection.layouts import load_split
-from mdistiller.tasks.detection.loader import DetectionLoader
 from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
 from mdistiller.training.deployment import Format, Model, ModelInput
 from mdistiller.training.distributed import World

@@ -15,9 +15,15 @@ from torch import nn
 from mdistiller.errors import ConfigError
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.tasks.detection.adapter import float32_coordinates
-from mdistiller.tasks.detection.coco import DetectionSet, Target, coco_classes, coco_tools, has_mask
+from mdistiller.tasks.detection.coco import (
+    DetectionBatch,
+    DetectionSet,
+    Target,
+    coco_classes,
+    coco_tools,
+    has_mask,
+)
 from mdistiller.tasks.detection.listing import Content
-from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.teacher import EvalMode
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import autocast

@@ -14,14 +14,13 @@ from mdistiller.models.external import InputConfig
 from mdistiller.models.weights import read_metadata
 from mdistiller.tasks.classification.models import build_backbone
 from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.coco import DetectionSet
+from mdistiller.tasks.detection.coco import DetectionBatch, DetectionLoader, DetectionSet
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
 from mdistiller.tasks.detection.distiller import DetectionDistiller, freeze
 from mdistiller.tasks.detection.evaluate import METRICS
 from mdistiller.tasks.detection.layouts import load_detection
 from mdistiller.tasks.detection.levels import settle
-from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.tasks.detection.methods import (
     build_method,
     check_unlabeled,
