@@ -107,6 +107,9 @@ class DenseConfig(RunConfig):
     """Fields with one value that is allowed, and the reason."""
 
     data: DenseDataConfig
+    eval_batch_size: int = Field(default=1, ge=1)
+    """Images per evaluation batch and process. A detector's are padded to one size, which changes predictions
+    a little, so runs compare at one size. A segmentation model's run together where they have one size."""
 
     @staticmethod
     @abstractmethod
@@ -245,7 +248,7 @@ class DenseLoader(WorkerLoader[list[S]]):
         training: bool,
     ) -> None:
         order = Order(device=world.device, shuffle=training, rank=world.rank, world_size=world.size)
-        size = config.eval_batch_size or 1
+        size = config.eval_batch_size
         if training:
             size = config.batch_size // world.size
             order["seed"], order["drop_last"] = config.seed, config.drop_last

@@ -80,9 +80,6 @@ class DetectionConfig(DenseConfig):
     task: Literal["detection"] = "detection"
     data: DetectionDataConfig = DetectionDataConfig()
     augment: DetectionAugmentConfig = DetectionAugmentConfig()
-    eval_batch_size: int = Field(default=1, ge=1)
-    """Images per evaluation batch and process. They are padded to one size, which changes predictions a
-    little, so runs compare at one size."""
 
     method_class: ClassVar = staticmethod(get_method)
     method_named: ClassVar = staticmethod(default_config)
