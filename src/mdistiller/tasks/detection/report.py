@@ -120,7 +120,7 @@ def by_class(rows: PageRows, classes: Sequence[str]) -> html.Section:
         cells.append([f'<th scope="row" data-value="{escape(name)}">{escape(name)}</th>', *texts])
     head = html.sortable(("class", *last))
     table = html.html_table(head, cells, "Table of AP by class", name="class-ap-table")
-    note = "AP in percent of each row's first seed on all test images. –: no object."
+    note = "AP in percent of each row's first seed on its run's test images. –: no object."
     body = html.long_table(table, len(classes), "classes")
     return html.Section("class-ap", "AP by class", body + html.paragraph(note, "note"))
 
