@@ -17,7 +17,7 @@ from mdistiller.models import create_model
 from mdistiller.runs.loggers import LOGGERS, Loggers
 from mdistiller.stored import write_outputs
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.detection.evaluate import DetectionEvaluator
+from mdistiller.tasks.detection.deployment import DetectorDeployment
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +40,7 @@ USES = {
     "onnxscript": lambda folder: require_onnx("onnx", "onnxscript"),
     "pyarrow": lambda folder: write_outputs(folder / "outputs.parquet", {}),
     "ray[tune]": lambda folder: integration("ray"),
-    "pycocotools": lambda folder: DetectionEvaluator(None, None, None),
+    "pycocotools": lambda folder: DetectorDeployment().evaluator(None, None, None),
     "timm": lambda folder: create_model("timm/resnet18"),
     "huggingface_hub": lambda folder: load_student("hf://user/student"),
 }

@@ -20,6 +20,7 @@ from mdistiller.data.cores import Workers
 from mdistiller.data.encoded import as_encoded
 from mdistiller.data.identity import COMPARED, hash_all
 from mdistiller.data.labels import stratified_cut
+from mdistiller.data.loader import Order, WorkerLoader
 from mdistiller.errors import ConfigError, DataError, MDistillerError
 from mdistiller.models import ModelConfig
 from mdistiller.models.backbone import is_backbone
@@ -28,7 +29,7 @@ from mdistiller.settings import Settings
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment, Model
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import lay_out, memory_format
+from mdistiller.training.precision import lay_out, memory_format, torch_dtype
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Evaluator
 from mdistiller.types import AnyBatch, Line
@@ -106,6 +107,9 @@ class DenseConfig(RunConfig):
     """Fields with one value that is allowed, and the reason."""
 
     data: DenseDataConfig
+    eval_batch_size: int = Field(default=1, ge=1)
+    """Images per evaluation batch and process. A detector's are padded to one size, which changes predictions
+    a little, so runs compare at one size. A segmentation model's run together where they have one size."""
 
     @staticmethod
     @abstractmethod
@@ -211,6 +215,7 @@ class DenseSet(Protocol):
 
 
 Images = TypeVar("Images")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,25 +227,66 @@ class DenseSplits(Generic[Images]):
     description: str
 
 
+class DenseLoader(WorkerLoader[list[S]]):
+    """Batches of images with objects or masks, the same for any number of worker processes.
+
+    Args:
+        images: the set.
+        config: settings of the run, from which seed, batch size and workers are taken.
+        world: this process, which reads its share of the images.
+        read: reads a sample by its position and the seed of the view.
+        training: the batches of training, in random order; otherwise those of evaluation.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        config: DenseConfig,
+        world: World,
+        read: Callable[[int, int], S],
+        *,
+        training: bool,
+    ) -> None:
+        order = Order(device=world.device, shuffle=training, rank=world.rank, world_size=world.size)
+        size = config.eval_batch_size
+        if training:
+            size = config.batch_size // world.size
+            order["seed"], order["drop_last"] = config.seed, config.drop_last
+        workers = config.data.workers
+        super().__init__(len(images), size, read, list, on_error=images.on_error, workers=workers, **order)
+
+
 class DenseDeployment(Deployment):
     """Export of models of images of any size, measured on the test set, one image at a time."""
 
     batches = (1,)
     load_split: ClassVar[Callable[..., Any]]
     """Function that reads a split of a config of data."""
-    evaluator: ClassVar[type[Any]]
-    """Class of the metrics, made from a config, the test images and this process."""
+    loader: ClassVar[Callable[..., Any]]
+    """Class of the loader of a set."""
+    measure: ClassVar[Callable[..., Line]]
+    """Function that computes the metrics of a model from batches, their set, this process and a precision."""
     module: ClassVar[type[nn.Module]]
-    """Class of the module of a `Model` that `evaluator` takes."""
+    """Class of the module of a `Model` that `measure` takes."""
 
     def load_test_set(self, config: RunConfig) -> DenseSplits[Any]:
         assert isinstance(config, DenseConfig)
         images = self.load_split(config.data, "test")
         return DenseSplits(train=images, test=images, description="")
 
+    def evaluator(self, config: DenseConfig, images: Any, world: World) -> Callable[..., Line]:
+        """Returns a function that computes the metrics of a model on a set of images."""
+        loader, precision = self.loader(images, config, world, training=False), torch_dtype(config.precision)
+
+        def evaluate(model: nn.Module, is_student: bool = True, **options: Any) -> Line:
+            return self.measure(model, loader.epoch(0), images, world, precision=precision, **options)
+
+        return evaluate
+
     def evaluate(
         self, models: Sequence[Model], config: RunConfig, data: DenseSplits[Any], device: torch.device
     ) -> list[Line]:
+        assert isinstance(config, DenseConfig)
         float32 = config.model_copy(update={"precision": "float32"})
         evaluate = self.evaluator(float32, data.test, World(device))
         found = (evaluate(self.module(model)) for model in models)

@@ -1,5 +1,6 @@
 """Interface between a task and the use of its students outside of training: export and prediction."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from mdistiller.config import RunConfig
 from mdistiller.data.dataset import Triple
 from mdistiller.errors import ConfigError
+from mdistiller.taps import logits_of
 from mdistiller.types import Line
 
 Format = Literal["safetensors", "torch-export", "onnx"]
@@ -68,35 +70,13 @@ image = (np.asarray(image) / 255 - {mean}) / {std}
 image = image.transpose(2, 0, 1)[np.newaxis].astype(np.float32)"""
 
 
-def write_program(
-    program: torch.export.ExportedProgram, path: Path, format: Format, output: str, axes: Mapping[int, object]
-) -> None:
-    """Writes a graph from images to one output as torch-export or ONNX, without paths of this machine.
+class _OneOutput(nn.Module):
+    def __init__(self, model: nn.Module, read: Callable[[object], Tensor]) -> None:
+        super().__init__()
+        self.model, self.read = model, read
 
-    Args:
-        program: the graph.
-        path: the file.
-        format: torch-export or onnx.
-        output: name of the output.
-        axes: names of the axes of the images that may have other lengths, for ONNX.
-    """
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)
-    if format == "torch-export":
-        torch.export.save(program, path)
-        return
-    graph = torch.onnx.export(
-        program,
-        input_names=["image"],
-        output_names=[output],
-        dynamic_shapes=(axes,),
-        dynamo=True,
-        verbose=False,
-    )
-    assert graph is not None
-    for node in graph.model.graph:
-        node.metadata_props.clear()
-    graph.save(path, external_data=False)
+    def forward(self, image: Tensor) -> Tensor:
+        return self.read(self.model(image))
 
 
 class Deployment(ABC):
@@ -110,6 +90,8 @@ class Deployment(ABC):
     """Name of an image's list of predictions in JSON."""
     hub_task: ClassVar[str | None] = None
     """The Hugging Face Hub's name for the task."""
+    axes: ClassVar[Mapping[int, str]] = {0: "batch"}
+    """Axes of a graph's images that may have other lengths, and their names."""
     batches: ClassVar[tuple[int, ...]] = (1, 32)
     """Batch sizes whose times are measured unless others are asked for."""
 
@@ -120,9 +102,13 @@ class Deployment(ABC):
         `config` is None where the run's config is not beside the file.
         """
 
-    @abstractmethod
+    def read(self, result: object) -> Tensor:
+        """Returns the output of a graph with one in a student's result."""
+        return logits_of(result)
+
     def as_model(self, student: nn.Module) -> Model:
         """Wraps a student, in evaluation mode, as a function with a graph's input and outputs."""
+        return lambda images: (self.read(student(images)),)
 
     @abstractmethod
     def check_inputs(self, metadata: Line) -> list[Tensor]:
@@ -131,9 +117,36 @@ class Deployment(ABC):
         A graph is made from the first; the others have other shapes.
         """
 
-    @abstractmethod
     def write_graph(self, path: Path, format: Format, student: nn.Module, metadata: Line) -> None:
-        """Writes a student as a graph with its weights; any exception says that the format does not fit."""
+        """Writes a student as a graph with its weights, without paths of this machine.
+
+        Any exception says that the format does not fit. Here the graph has one output.
+        """
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of constants in the graph
+            program = torch.export.export(
+                _OneOutput(student, self.read).eval(),
+                (self.check_inputs(metadata)[0],),
+                dynamic_shapes=(dict.fromkeys(self.axes, torch.export.Dim.DYNAMIC),),
+                strict=False,
+            )
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)
+        if format == "torch-export":
+            torch.export.save(program, path)
+            return
+        graph = torch.onnx.export(
+            program,
+            input_names=["image"],
+            output_names=list(self.outputs),
+            dynamic_shapes=(self.axes,),
+            dynamo=True,
+            verbose=False,
+        )
+        assert graph is not None
+        for node in graph.model.graph:
+            node.metadata_props.clear()
+        graph.save(path, external_data=False)
 
     def difference(
         self, image: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]

@@ -13,7 +13,7 @@ from faster_coco_eval import COCOeval_faster
 from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny_detectors import read_coco, two_stage, write_set
+from tiny_detectors import loader, read_coco, two_stage, write_set
 from torch import nn
 
 from mdistiller.errors import ConfigError
@@ -24,7 +24,6 @@ from mdistiller.tasks.detection.evaluate import (
     average_precision,
     evaluate_detector,
 )
-from mdistiller.tasks.detection.loader import DetectionLoader
 from mdistiller.training.distributed import World
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -196,9 +195,8 @@ class Oracle(nn.Module):
 
 def test_a_detector_is_evaluated_on_images_as_they_are(squares):
     images = read_coco(squares / "instances_val.json", squares / "images", masks=True)
-    loader = DetectionLoader(images, 3, device="cpu", shuffle=False, workers=0)
     model = Oracle(images).train()
-    metrics = evaluate_detector(model, loader.epoch(0), images, CPU)
+    metrics = evaluate_detector(model, loader(images, 3).epoch(0), images, CPU)
     assert metrics["AP"] == metrics["masks"]["AP"] == pytest.approx(100)
     assert model.training
 
@@ -207,7 +205,7 @@ def test_predictions_come_back_in_pixels_of_the_image(squares):
     """A detector that scales images to twice their size must not predict boxes twice as large."""
     images = read_coco(squares / "instances_val.json", squares / "images")
     model = two_stage(min_size=128, max_size=256, box_score_thresh=0.0).eval()
-    batch = next(DetectionLoader(images, 2, device="cpu", shuffle=False, workers=0).epoch(0))
+    batch = next(loader(images, 2).epoch(0))
     with torch.no_grad():
         found = model(batch.image)
     for position, predictions in enumerate(found):
@@ -217,17 +215,15 @@ def test_predictions_come_back_in_pixels_of_the_image(squares):
             assert x + w <= width + 1e-3
             assert y + h <= height + 1e-3
             assert result["category_id"] in (2, 5, 9)
-    metrics = evaluate_detector(
-        model, DetectionLoader(images, 2, device="cpu", shuffle=False, workers=0).epoch(0), images, CPU
-    )
+    metrics = evaluate_detector(model, loader(images, 2).epoch(0), images, CPU)
     assert 0 <= metrics["AP"] < 60
 
 
 def test_labels_of_no_category_are_left_out(tmp_path):
-    images = read_coco(write_set(tmp_path, 3), tmp_path / "images", label_ids="category")
+    images = read_coco(write_set(tmp_path, 3), tmp_path / "images")
     predictions = {
         "boxes": torch.tensor([[0.0, 0, 5, 5], [0, 0, 5, 5]]),
-        "labels": torch.tensor([3, 5]),
+        "labels": torch.tensor([4, 2]),
         "scores": torch.tensor([0.9, 0.8]),
     }
     assert [r["category_id"] for r in as_results(predictions, images, 0)] == [5]
@@ -242,9 +238,8 @@ def test_images_that_cannot_be_read_are_not_evaluated(tmp_path):
         def forward(self, given):
             return [predictions[tuple(image.flatten().tolist())] for image in given]
 
-    loader = DetectionLoader(images, 2, workers=0, device="cpu", shuffle=False)
     with pytest.warns(UserWarning, match="left out 1 image that cannot be read"):
-        batches = list(loader.epoch(0))
+        batches = list(loader(images, 2).epoch(0))
     predictions = {
         tuple(image.flatten().tolist()): target | {"scores": torch.ones(len(target["labels"]))}
         for batch in batches

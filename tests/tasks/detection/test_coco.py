@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 from pycocotools.coco import COCO
-from tiny_detectors import read_coco, write_set
+from tiny_detectors import CPU, loader, read_coco, write_set
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -16,7 +16,7 @@ from mdistiller.errors import DataError
 from mdistiller.tasks.detection.coco import train_transform
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionDataConfig
 from mdistiller.tasks.detection.layouts import load_detection
-from mdistiller.tasks.detection.loader import DetectionLoader
+from mdistiller.training.distributed import World
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
@@ -26,6 +26,10 @@ def real(name):
     if not folder.is_dir():
         pytest.skip(f"no data set in ../shared/data/{name}")
     return folder
+
+
+def augment(short_sides, long_side, **options):
+    return DetectionAugmentConfig(short_sides=short_sides, long_side=long_side, **options)
 
 
 def read(tmp_path, change, **options):
@@ -144,12 +148,6 @@ def test_a_file_that_is_no_json(tmp_path):
         read_coco(tmp_path / "a.json", tmp_path)
 
 
-def test_category_ids_as_labels(tmp_path):
-    images = read(tmp_path, None, label_ids="category")
-    assert images.num_classes == 10
-    assert set(torch.cat([image.labels for image in images.images]).tolist()) <= {2, 5, 9}
-
-
 def test_an_image_of_another_size_than_its_annotations_say(tmp_path):
     images = read(tmp_path, lambda c: c["images"][0].update(width=99))
     with pytest.raises(DataError, match="64 x 80 pixels; its annotations have 99 x 80"):
@@ -168,7 +166,7 @@ def test_resize_and_flip_move_boxes_and_masks_with_the_image():
             "labels": torch.tensor([1]),
             "masks": tv_tensors.Mask(image[:1] // 255),
         }
-        out, moved = train_transform((40, 120), 150, True)(tv_tensors.Image(image), target)
+        out, moved = train_transform(augment((40, 120), 150))(tv_tensors.Image(image), target)
         height, width = out.shape[1:]
         assert (height, width) in ((40, 60), (100, 150))  # the long side caps 120 x 180
         scale = height / 60
@@ -189,23 +187,16 @@ def test_objects_of_less_than_a_pixel_are_left_out_after_scaling():
         [[0.0, 0, 5, 5], [10, 10, 90, 90]], format="XYXY", canvas_size=(100, 100)
     )
     target = {"boxes": boxes, "labels": torch.tensor([1, 2])}
-    _, moved = train_transform((10,), 10, False)(image, target)
+    _, moved = train_transform(augment((10,), 10, flip=False))(image, target)
     assert moved["labels"].tolist() == [2]
     assert isinstance(moved["boxes"], tv_tensors.BoundingBoxes)
     assert v2.functional.get_size(moved["boxes"]) == [10, 10]
 
 
 def epochs(splits, workers=0, seed=3, numbers=(0,), **options):
-    loader = DetectionLoader(
-        splits.train,
-        3,
-        device="cpu",
-        transform=train_transform((48, 64, 80), 200, True),
-        seed=seed,
-        workers=workers,
-        **options,
-    )
-    return [(b.index.tolist(), b.image, b.target) for n in numbers for b in loader.epoch(n)]
+    sizes = {"short_sides": (48, 64, 80), "long_side": 200}
+    own = loader(splits.train, 3, training=True, seed=seed, workers=workers, **sizes, **options)
+    return [(b.index.tolist(), b.image, b.target) for n in numbers for b in own.epoch(n)]
 
 
 def same(first, second):
@@ -234,7 +225,7 @@ def test_batches_depend_on_seed_and_epoch_alone(squares):
 
 def test_a_batch_splits_into_parts_of_its_images(squares):
     splits = load_detection(DetectionDataConfig(root=squares))
-    batch = next(DetectionLoader(splits.train, 5, device="cpu", workers=0).epoch(0))
+    batch = next(loader(splits.train, 5, training=True).epoch(0))
     for count, sizes in ((1, [5]), (2, [3, 2]), (4, [2, 2, 1]), (9, [1] * 5)):
         parts = batch.split(count)
         assert [len(part.index) for part in parts] == sizes
@@ -255,7 +246,10 @@ def test_drawing_a_batch_leaves_the_global_generator_alone(squares):
 
 def test_two_processes_share_an_epoch(squares):
     splits = load_detection(DetectionDataConfig(root=squares))
-    seen = [[i for index, *_ in epochs(splits, rank=rank, world_size=2) for i in index] for rank in range(2)]
+    seen = [
+        [i for index, *_ in epochs(splits, world=World(CPU.device, rank, 2)) for i in index]
+        for rank in range(2)
+    ]
     assert sorted(seen[0] + seen[1]) == list(range(8))
 
 
@@ -345,7 +339,7 @@ def test_scale_jitter_moves_boxes_with_their_pixels():
     """A white rectangle on gray: the box is that of its pixels, and its side follows the factor."""
     image = torch.full((3, 60, 100), 128, dtype=torch.uint8)
     image[:, 20:40, 30:70] = 255
-    change = train_transform((32, 80), 200, True, (0.5, 2.0))
+    change = train_transform(augment((32, 80), 200, scale_jitter=(0.5, 2.0)))
     widths = []
     torch.manual_seed(0)
     for _ in range(40):

@@ -6,15 +6,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_ranks
-from tiny_detectors import CLASSES, batch, fcos, group_norm, one_stage, read_coco, ssd, two_stage, write_set
+from tiny_detectors import (
+    CLASSES,
+    batch,
+    fcos,
+    group_norm,
+    loader,
+    one_stage,
+    read_coco,
+    ssd,
+    two_stage,
+    write_set,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.errors import ConfigError
-from mdistiller.tasks.detection.coco import train_transform
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.evaluate import evaluate_detector
-from mdistiller.tasks.detection.loader import DetectionLoader
 from mdistiller.tasks.detection.methods import build_method, default_config
 from mdistiller.training.distributed import World
 
@@ -44,11 +53,10 @@ def images(tmp_path_factory):
 
 
 def batches(images, count):
-    transform = train_transform((56, 64), 96, True)
-    loader = DetectionLoader(images, 3, device="cpu", transform=transform, workers=0)
+    own = loader(images, 3, training=True, short_sides=(56, 64), long_side=96)
     epoch = 0
     while count > 0:
-        for one in loader.epoch(epoch):
+        for one in own.epoch(epoch):
             if count > 0:
                 yield one
             count -= 1
@@ -247,10 +255,10 @@ def gradients(kind, method, ranks, ddp=False):
 
 def evaluation(folder, rank=0, size=1):
     images = read_coco(Path(folder, "instances_train.json"), Path(folder, "images"))
-    loader = DetectionLoader(images, 1, device="cpu", shuffle=False, workers=0, rank=rank, world_size=size)
+    world = World(torch.device("cpu"), rank, size)
     model = two_stage(seed=2, box_score_thresh=0.0)
     fit(DetectionDistiller(model, None, "none"), images, 60)  # so that something is found
-    return evaluate_detector(model, loader.epoch(0), images, World(torch.device("cpu"), rank, size))
+    return evaluate_detector(model, loader(images, 1, world=world).epoch(0), images, world)
 
 
 def work(rank, folder):

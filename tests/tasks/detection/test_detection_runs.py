@@ -30,10 +30,10 @@ from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import read_metrics
 from mdistiller.runs.loggers import hyper_parameters
 from mdistiller.runs.progress import Reporter
+from mdistiller.tasks.detection.coco import DetectionBatch
 from mdistiller.tasks.detection.config import DetectionConfig
+from mdistiller.tasks.detection.deployment import Box, class_color
 from mdistiller.tasks.detection.distiller import DetectionTeacher
-from mdistiller.tasks.detection.drawing import class_color
-from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.tasks.detection.methods import default_config
 from mdistiller.training import choose
 from mdistiller.training.build import build_run
@@ -622,14 +622,17 @@ def test_boxes_are_drawn_where_they_are(runs, tmp_path, monkeypatch):
     from mdistiller.tasks.detection import report as part
 
     def perfect(run, images, device):
-        truth = images.ground_truth["annotations"]
-        return [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.75} for a in truth]
+        rows = [zip(image.labels.tolist(), image.boxes.tolist(), strict=True) for image in images.images]
+        return [[Box(images.classes[label - 1], 0.75, *box) for label, box in row] for row in rows]
 
     pictures = []
     monkeypatch.setattr(part, "_predict", perfect)
     monkeypatch.setattr(part.html, "picture", lambda image, side, alt: pictures.append((image, alt)) or "")
     page = write_report([folder / "student"], tmp_path / "report.html", images=2).read_text()
-    assert re.findall(r">(\d+\.\d|–)</td>", page.partition('id="class-ap"')[2])[:1] == ["100.0"]
+    last = [line for line in read_metrics(folder / "student") if line["kind"] == "eval"][-1]
+    values = [*last["categories"].values(), last["AP"]]
+    found = re.findall(r">(\d+\.\d|–)</td>", page.partition('id="class-ap"')[2])
+    assert found[: len(values)] == ["–" if v is None else f"{v:.1f}" for v in values]
     shown = part.load_split(part._test_images(load_run(folder / "student"), 2), "test")
     for k, (image, alt) in enumerate(pictures):
         assert alt.count(" 0.75") == len(shown.images[k].labels) > 0

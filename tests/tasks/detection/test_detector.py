@@ -14,9 +14,9 @@ from torchvision.ops import sigmoid_focal_loss
 from mdistiller.errors import ConfigError, TapError
 from mdistiller.tasks.detection.adapter import DetectorPass, Level, float32_coordinates
 from mdistiller.tasks.detection.adapters import adapter_of
+from mdistiller.tasks.detection.coco import DetectionBatch
 from mdistiller.tasks.detection.distiller import DetectionDistiller, DetectionTeacher, outputs_of, overlaps
 from mdistiller.tasks.detection.levels import Pyramid
-from mdistiller.tasks.detection.loader import DetectionBatch
 
 SAME = {name: name for name in LEVELS}
 """Taps of a teacher, on the grids of the student's levels of the same names."""

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from mdistiller.tasks.detection.drawing import class_color, draw_boxes, place_labels
+from mdistiller.tasks.detection.deployment import class_color, draw_boxes, place_labels
 
 
 def test_the_outline_is_where_the_box_is():

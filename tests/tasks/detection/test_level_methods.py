@@ -256,29 +256,17 @@ def test_fgd_of_images_without_objects():
     assert losses["fgd_objects"] == 0 < losses["fgd_background"]
 
 
-def test_the_options_of_fgfi():
-    config = FGFIConfig(weight=1.0, delay=2, relu=True)
-    distiller = DetectionDistiller(two_stage(), two_stage(seed=1), config).train()
-    values = []
-    for step in range(4):
-        torch.manual_seed(0)
-        out = distiller(*batch())
-        values.append(out.losses["fgfi"].item())
-        out.loss.backward()
-        assert all(p.grad is not None for p in distiller.parameters()), step
-    assert values[:2] == [0, 0]
-    assert values[2] > 0
-    assert distiller.state_dict()["method.passes"] == 4
+def test_the_relu_of_fgfi():
+    distiller = DetectionDistiller(two_stage(), two_stage(seed=1), FGFIConfig(weight=1.0, relu=True)).train()
+    torch.manual_seed(0)
+    out = distiller(*batch())
+    assert out.losses["fgfi"] > 0
+    out.loss.backward()
+    assert all(p.grad is not None for p in distiller.parameters())
     plain = DetectionDistiller(two_stage(), two_stage(seed=1), FGFIConfig(weight=1.0)).train()
     plain.method.adapters.load_state_dict(distiller.method.adapters.state_dict())
     torch.manual_seed(0)
-    assert plain(*batch()).losses["fgfi"].item() != values[2]  # without the ReLU
-
-
-def test_fgfi_measures_its_weight_without_a_delay():
-    with pytest.raises(ConfigError, match="delay: got 400 with the weight auto"):
-        FGFIConfig(delay=400).replace(weight="auto")
-    assert FGFIConfig(weight="auto").weight == "auto"
+    assert plain(*batch()).losses["fgfi"] != out.losses["fgfi"]
 
 
 def own(make):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_detectors import batch, two_stage
-from tiny_sets import LEVELS, SIDE, SQUARE, TINY, spread, tiny_set
+from tiny_sets import LEVELS, SIDE, TINY, spread, tiny_set
 
 from mdistiller.errors import CheckpointError, ConfigError, MissingPackageError, UnknownNameError
 from mdistiller.models import ModelConfig
@@ -18,7 +18,7 @@ from mdistiller.tasks.detection.adapter import float32_coordinates
 from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
-from mdistiller.tasks.detection.detr_config import resolve
+from mdistiller.tasks.detection.detr import resolve
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.layouts import load_detection
 from mdistiller.tasks.detection.weights import build_for_data
@@ -36,25 +36,24 @@ def labels_by_hand(images, targets):
     return [{"class_labels": torch.tensor([0, 2]), "boxes": torch.tensor(np.stack(boxes, 1))}, none]
 
 
-def squares_of(model, images):
+def squares_of(images):
     scaled = [
         torch.nn.functional.interpolate(i[None], (SIDE, SIDE), mode="bilinear", antialias=True)
         for i in images
     ]
-    return (torch.cat(scaled) - model.mean) / model.std
+    return torch.cat(scaled)
 
 
 @KINDS
 def test_losses_are_those_of_transformers(kind):
     model, (images, targets) = tiny_set(kind).train(), batch()
     torch.manual_seed(5)  # of dropout, and of the noise of the denoising queries
-    squares = squares_of(model, images)
+    squares = squares_of(images)
     want = model.detr(squares, labels=labels_by_hand(images, targets))
     torch.manual_seed(5)
     got = model(images, targets)
     torch.testing.assert_close(sum(got.values()), want.loss)
-    kinds = {"d_fine": {"vfl", "bbox", "giou", "fgl", "ddf"}, "detr": {"ce", "bbox", "giou"}}
-    own = kinds.get(kind, kinds["detr"] if kind == "yolos" else {"vfl", "bbox", "giou"})
+    own = {"vfl", "bbox", "giou"} | ({"fgl", "ddf"} if kind == "d_fine" else set())
     assert set(got) == {f"loss_{name}" for name in own}
     # Without an object the losses have the same names, but for those of the sides of boxes.
     without = model(images[1:] * 2, targets[1:] * 2)
@@ -65,11 +64,11 @@ def test_losses_are_those_of_transformers(kind):
 @KINDS
 def test_boxes_are_those_of_transformers(kind):
     model, (images, _) = spread(tiny_set(kind)).eval(), batch()
-    processor = transformers.RTDetrImageProcessor if kind in SQUARE else transformers.DetrImageProcessor
     with torch.no_grad():
-        found, out = model(images), model.detr(squares_of(model, images))
+        found, out = model(images), model.detr(squares_of(images))
     sizes = [image.shape[1:] for image in images]
-    wanted = processor().post_process_object_detection(out, threshold=0.0, target_sizes=sizes)
+    processor = transformers.RTDetrImageProcessor()
+    wanted = processor.post_process_object_detection(out, threshold=0.0, target_sizes=sizes)
     for ours, theirs in zip(found, wanted, strict=True):
         assert len(ours["scores"]) == 20
         assert torch.equal(ours["labels"], theirs["labels"] + 1)
@@ -82,43 +81,29 @@ def test_boxes_are_those_of_transformers(kind):
 def test_levels_are_maps_of_the_encoder(kind):
     model, (images, targets) = tiny_set(kind).eval(), batch()
     adapter = adapter_of(model)
-    assert {name: level.stride for name, level in adapter.levels.items()} == LEVELS[kind]
+    assert {name: level.stride for name, level in adapter.levels.items()} == LEVELS
     with torch.no_grad():
         prepared = adapter.prepare(images)
         features = adapter.features(prepared)
         levels = {name: features[name] for name in adapter.levels}
         out = model.detr(prepared.tensors)
     for (name, x), own in zip(levels.items(), adapter.levels.values(), strict=True):
-        assert list(x.shape) == [2, own.channels, SIDE // LEVELS[kind][name], SIDE // LEVELS[kind][name]]
-    first = next(iter(levels.values()))
-    if kind in SQUARE:
-        torch.testing.assert_close(list(levels.values()), list(out.encoder_last_hidden_state))
-    elif kind == "detr":  # row after row
-        torch.testing.assert_close(first[:, :, 1, 0], out.encoder_last_hidden_state[:, 2])
-    else:  # after the class token
-        torch.testing.assert_close(first[:, :, 1, 0], out.last_hidden_state[:, 1 + 4])
+        assert list(x.shape) == [2, own.channels, SIDE // LEVELS[name], SIDE // LEVELS[name]]
+    torch.testing.assert_close(list(levels.values()), list(out.encoder_last_hidden_state))
     seen = adapter.train(images, targets)[1] if model.train() else None
     # In pixels of the square: the first image is 80 wide and 64 high.
     assert seen.objects[0].numpy() == pytest.approx(np.array([[6.4, 8, 32, 40], [24, 20, 59.2, 60]]))
-    stride = next(iter(LEVELS[kind].values()))
-    first, second = (stride * (i + 0.5) for i in (0, 1))
-    assert seen.anchors[1][1].tolist() == [
-        second - 2 * stride,
-        first - 2 * stride,
-        second + 2 * stride,
-        first + 2 * stride,
-    ]
+    assert seen.anchors[1][1].tolist() == [12 - 16, 4 - 16, 12 + 16, 4 + 16]
 
 
-@pytest.mark.parametrize("kind", ["rt_detr", "detr"])
-def test_images_are_those_of_transformers_processor(kind):
+def test_images_are_those_of_transformers_processor():
     sizes = (97, 64), (50, 91)
     whole = [np.random.default_rng(i).integers(0, 256, (*s, 3), np.uint8) for i, s in enumerate(sizes)]
-    processor = transformers.RTDetrImageProcessor if kind == "rt_detr" else transformers.DetrImageProcessor
+    processor = transformers.RTDetrImageProcessor
     size = {"height": SIDE, "width": SIDE}
     want = processor(size=size, do_pad=False)(images=whole, return_tensors="pt")["pixel_values"]
     images = [torch.from_numpy(image).permute(2, 0, 1) / 255 for image in whole]
-    got = adapter_of(tiny_set(kind)).prepare(images)
+    got = adapter_of(tiny_set("rt_detr")).prepare(images)
     assert (got.tensors - want).abs().max() < 1.1 / 255 / 0.22  # theirs are rounded
     assert got.image_sizes == [(SIDE, SIDE)] * 2
 
@@ -140,7 +125,7 @@ def test_the_graph_finds_the_boxes_of_the_detector(kind, tmp_path):
         assert difference < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["d_fine", "detr"])
+@pytest.mark.parametrize("kind", ["d_fine", "rt_detr"])
 def test_coordinates_stay_in_float32_under_autocast(kind):
     model, (images, _) = spread(tiny_set(kind)).eval(), batch()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), float32_coordinates(model):
@@ -153,7 +138,7 @@ def test_coordinates_stay_in_float32_under_autocast(kind):
 @pytest.mark.parametrize("method", ["fitnet", "cwd", "fgd", "mgd", "pkd", "fgfi", "reviewkd"])
 def test_it_learns_from_its_like_by_levels(kind, method):
     distiller = DetectionDistiller(tiny_set(kind), tiny_set(kind, 1), method).train()
-    assert distiller.asked.taps == {name: name for name in LEVELS[kind]}
+    assert distiller.asked.taps == {name: name for name in LEVELS}
     out = distiller(*batch())
     assert sum(value for name, value in out.losses.items() if name.startswith(method)) > 0
     out.loss.backward()
@@ -171,15 +156,15 @@ def test_it_teaches_and_learns_from_torchvisions():
         distiller = DetectionDistiller(tiny_set("d_fine"), teacher, "pkd").train()
     assert 0 < distiller(*batch()).losses["pkd"] < 2
     distiller = DetectionDistiller(two_stage(), tiny_set("d_fine"), "pkd+fgfi").train()
-    assert distiller.asked.taps == dict(zip(LEVELS["d_fine"], ("0", "1", "pool"), strict=True))
+    assert distiller.asked.taps == dict(zip(LEVELS, ("0", "1", "pool"), strict=True))
     assert distiller(*batch()).losses["pkd"] > 0
 
 
 @pytest.mark.parametrize("method", ["kd", "bckd", "crosskd", "dkd+pkd"])
 def test_methods_that_compare_logits_by_rows_are_refused(method):
     for pair, whose in (
-        ((tiny_set("detr"), two_stage()), "student"),
-        ((two_stage(), tiny_set("detr")), "teacher"),
+        ((tiny_set("rt_detr"), two_stage()), "student"),
+        ((two_stage(), tiny_set("rt_detr")), "teacher"),
     ):
         with pytest.raises(ConfigError, match=rf"those of the {whose} have no rows in common"):
             DetectionDistiller(*pair, method)
@@ -191,7 +176,7 @@ def test_methods_that_compare_logits_by_rows_are_refused(method):
         ("d_fine", {"width": 3}, "unknown option of detector 'transformers/d_fine' 'width'"),
         ("d_fine", {"short_side": 64}, "unknown option of detector"),
         (
-            "detr",
+            "rt_detr",
             {"backbone_weights": "runs/backbone"},
             "ResNet or MobileNet start from a backbone, such as fcos_resnet18",
         ),
@@ -215,8 +200,8 @@ def test_wrong_options(kind, options, message):
 
 def test_an_old_transformers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.57.1"))
-    with pytest.raises(MissingPackageError, match=r"'transformers/detr' needs transformers 5: pip install"):
-        models.create_detector("transformers/detr", 4)
+    with pytest.raises(MissingPackageError, match=r"'transformers/d_fine' needs transformers 5: pip install"):
+        models.create_detector("transformers/d_fine", 4)
 
 
 @pytest.fixture
@@ -235,9 +220,8 @@ def save(model, folder, names=("blue", "red", "green"), processor=True, **change
     found = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(found | changes))
     if processor:
-        own = {"do_normalize": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-        size = {"height": SIDE, "width": SIDE}
-        (folder / "preprocessor_config.json").write_text(json.dumps(own | {"size": size}))
+        own = {"do_normalize": False, "size": {"height": SIDE, "width": SIDE}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(own))
     return str(folder)
 
 
@@ -250,10 +234,10 @@ def test_classes_of_a_folder_are_found_by_their_names(kind, squares, tmp_path):
     data = load_detection(DetectionDataConfig(root=squares))
     config = ModelConfig(name=f"transformers/{kind}", options={"weights": folder})
     new = build_for_data(config, data, new=False).eval()
-    assert (new.size, new.mean.flatten().tolist()) == (SIDE, pytest.approx([0.1, 0.2, 0.3]))
+    assert new.size == SIDE
     images, _ = batch()
     with torch.no_grad():
-        out, want = (m.detr(squares_of(new, images)) for m in (new, old))
+        out, want = (m.detr(squares_of(images)) for m in (new, old))
     torch.testing.assert_close(out.pred_boxes, want.pred_boxes)
     torch.testing.assert_close(out.logits[..., :3], want.logits[..., [1, 2, 0]])
     torch.testing.assert_close(out.logits[..., 3:], want.logits[..., 3:])
@@ -302,19 +286,8 @@ def test_a_folder_runs_no_code_and_fetches_nothing(tmp_path):
     for backbone in ("hf-hub:someone/model", "local-dir:/tmp", "someone/model"):
         wrong = {"model_type": "timm_backbone", "backbone": backbone}
         folder = save(tiny_set("d_fine"), tmp_path / "folder", backbone_config=wrong)
-        with pytest.raises(UnknownNameError, match="unknown timm model"):
+        with pytest.raises(ConfigError, match="model_type: got 'timm_backbone'; allowed: hgnet_v2"):
             models.create_detector("transformers/d_fine", 4, config=folder)
-    # As facebook/detr-resnet-50 has it: timm's network, whose weights are the folder's.
-    pytest.importorskip("timm")
-    legacy = {
-        "backbone_config": None,
-        "backbone": "resnet18",
-        "use_timm_backbone": True,
-        "use_pretrained_backbone": True,
-    }
-    folder = save(tiny_set("detr"), tmp_path / "detr", **legacy)
-    made = models.create_detector("transformers/detr", 4, config=folder)
-    assert made.detr.config.backbone_config.backbone == "resnet18"
 
 
 @pytest.mark.usefixtures("_no_network")
@@ -327,7 +300,7 @@ def test_damaged_and_incomplete_folders(tmp_path):
         ConfigError, match=r"preprocessor_config.json gives no size of squares: give it as an option"
     ):
         build()
-    build(size=64, mean=[0.0] * 3, std=[1.0] * 3)
+    build(size=64)
     with pytest.raises(ConfigError, match="holds a 'd_fine'; you asked for 'transformers/rt_detr'"):
         build("rt_detr")
     folder = save(tiny_set("d_fine", classes=7), tmp_path / "folder", names=tuple("abcdef"))
@@ -340,24 +313,24 @@ def test_damaged_and_incomplete_folders(tmp_path):
     for change, message in (
         ({"size": {"height": 64, "width": 32}}, "no size of squares"),
         ({"do_rescale": False}, "do_rescale"),
+        ({"do_normalize": True}, "do_normalize: got true; allowed: images in"),
     ):
         processor.write_text(json.dumps(own | change))
         with pytest.raises(ConfigError, match=message):
             build()
     processor.unlink()
-    stated = {"size": 64, "mean": [0.0] * 3, "std": [1.0] * 3}
     (tmp_path / "folder" / "model.safetensors").rename(tmp_path / "folder" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="no weights in the format safetensors"):
-        build(**stated)
+        build(size=64)
     (tmp_path / "folder" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config.json cannot be read: JSONDecodeError"):
-        build(**stated)
+        build(size=64)
 
 
 def test_the_options_of_a_trained_detector_need_no_folder(tmp_path):
-    folder = save(tiny_set("detr"), tmp_path / "folder")
-    found = resolve("detr", {"weights": folder, "num_queries": 7})
+    folder = save(tiny_set("rt_detr"), tmp_path / "folder")
+    found = resolve("rt_detr", {"weights": folder, "num_queries": 7})
     assert (found["num_queries"], found["size"], found["d_model"]) == (7, SIDE, 16)
     assert not {"weights", "id2label"} & found.keys()
-    assert resolve("detr", json.loads(json.dumps(found))) == json.loads(json.dumps(found))
+    assert resolve("rt_detr", json.loads(json.dumps(found))) == json.loads(json.dumps(found))
     assert resolve("rt_detr", {})["size"] == 640

@@ -20,11 +20,13 @@ from torchvision.ops import MultiScaleRoIAlign
 from mdistiller.methods import load_plugin
 from mdistiller.tasks.detection import models
 from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.config import DetectionDataConfig
+from mdistiller.tasks.detection.coco import DetectionBatch, DetectionLoader
+from mdistiller.tasks.detection.config import DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.distiller import DetectionTeacher
 from mdistiller.tasks.detection.layouts import load_split
-from mdistiller.tasks.detection.loader import DetectionBatch
+from mdistiller.training.distributed import World
 
+CPU = World(torch.device("cpu"))
 CLASSES = 4  # with the background
 LEVELS = ("0", "1", "pool")
 
@@ -193,6 +195,21 @@ def write_set(folder, count=6, name="instances_train.json", seed=0, change=None)
         change(content)
     (folder / name).write_text(json.dumps(content))
     return folder / name
+
+
+def loader(images, size, *, training=False, workers=0, seed=0, world=CPU, drop_last=False, **augment):
+    """Batches of `size` images in each process."""
+    config = DetectionConfig(
+        student="fasterrcnn_resnet18",
+        method="none",
+        data={"workers": workers},
+        augment=augment,
+        seed=seed,
+        drop_last=drop_last,
+        batch_size=size * world.size,
+        eval_batch_size=size,
+    )
+    return DetectionLoader(images, config, world, training=training)
 
 
 def training_pass(model, masks=False):

@@ -12,7 +12,11 @@ from PIL import Image
 
 from mdistiller.data.draws import Draws
 from mdistiller.errors import ConfigError, DataError, UnknownNameError
-from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig, SegmentationDataConfig
+from mdistiller.tasks.segmentation.config import (
+    SegmentationAugmentConfig,
+    SegmentationConfig,
+    SegmentationDataConfig,
+)
 from mdistiller.tasks.segmentation.data import (
     CITYSCAPES_CLASSES,
     VOC_CLASSES,
@@ -21,15 +25,15 @@ from mdistiller.tasks.segmentation.data import (
     palette,
 )
 from mdistiller.tasks.segmentation.loader import SegmentationLoader, change, class_ids, scaled
+from mdistiller.training.distributed import World
 from mdistiller.types import Batch
 
 WHOLE = SegmentationAugmentConfig(crop=(40, 60), scale=(1.0, 1.0), flip=False)
 GRAY = (124, 116, 104)
-CENTER = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def config(root, **fields):
-    return SegmentationDataConfig(root=root, workers=0, **fields)
+    return SegmentationDataConfig(root=root, **{"workers": 0} | fields)
 
 
 def draws(index, seed=0):
@@ -200,10 +204,17 @@ def test_batches_are_the_same_from_any_step_and_for_any_workers(squares):
     images = load_split(config(squares), "train")
     setting = SegmentationAugmentConfig(crop=(32, 40))
 
-    def batches(epoch, first=0, workers=0, **order):
-        loader = SegmentationLoader(
-            *(images, 4, setting, *CENTER), training=True, workers=workers, device="cpu", seed=5, **order
+    def batches(epoch, first=0, workers=0, rank=0, world_size=1):
+        own = SegmentationConfig(
+            student="fcn_resnet18",
+            method="none",
+            data=config(squares, workers=workers),
+            augment=setting,
+            seed=5,
+            batch_size=4 * world_size,
         )
+        world = World(torch.device("cpu"), rank, world_size)
+        loader = SegmentationLoader(images, own, world, training=True)
         return list(loader.epoch(epoch, first))
 
     one, two = batches(1)

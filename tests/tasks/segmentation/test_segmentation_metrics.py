@@ -1,5 +1,7 @@
 """Confusion matrix and mIoU against scikit-learn, and evaluation of models."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -51,7 +53,10 @@ def test_predictions_are_scaled_to_the_masks():
     label[0, 0] = -100
     model = Thirds().train()
     found = evaluate_segmenter(
-        *(model, [Batch(image, label, torch.zeros(1))], ("a", "b", "c"), World(torch.device("cpu"))),
+        model,
+        [Batch(image, label, torch.zeros(1))],
+        SimpleNamespace(classes=("a", "b", "c")),
+        World(torch.device("cpu")),
     )
     assert found["pixel_accuracy"] == 100.0
     assert found["mIoU"] == 100.0

@@ -30,6 +30,7 @@ from mdistiller.runs.folder import read_metrics
 from mdistiller.tasks.segmentation.config import SegmentationConfig
 from mdistiller.tasks.segmentation.methods import list_segmentation_methods
 from mdistiller.training.launch import train
+from mdistiller.training.task import get_task
 
 CLOCK = {"ms_per_step", "seconds"}
 
@@ -263,12 +264,20 @@ def test_a_teacher_of_other_classes(squares, teacher, tmp_path):
         train(pair(tmp_path, "kd", teacher, out=tmp_path / "b"))
 
 
-def test_a_teacher_of_other_images(squares, teacher, tmp_path):
-    changed = pair(squares, "kd", teacher, out=tmp_path / "a").replace(data={"mean": (0.5, 0.5, 0.5)})
-    with pytest.raises(
-        ConfigError, match=r"mean \[0.485, .*the data has \[0.5, .*give --data.mean 0.485 0.456"
-    ):
-        train(changed)
+def test_a_teacher_of_other_images_gets_its_own(squares, teacher, tmp_path):
+    plain = pair(squares, "kd+cwd", teacher, max_steps=1, out=tmp_path / "a")
+    changed = plain.replace(data={"mean": (0.5, 0.5, 0.5), "std": (0.3, 0.4, 0.5)})
+    task, image = get_task("segmentation"), torch.rand(2, 3, 32, 40)
+    data = task.load_data(changed)
+    found = []
+    for config in (plain, changed):
+        mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
+        with torch.no_grad():
+            found.append(task.build_teacher(config, data).eval()((image - mean) / std))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    train(changed)
+    first = timeless(changed.out)[0]
+    assert first["kd"] > 0 < first["cwd"]
 
 
 def test_other_settings_that_are_refused(squares, tmp_path):

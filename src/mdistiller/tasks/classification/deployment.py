@@ -1,29 +1,25 @@
 """Exported classifiers: graphs from images to logits, and the likeliest classes of images."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data
 from mdistiller.data.dataset import Triple, resize_images
 from mdistiller.data.decoder import center_crop
 from mdistiller.data.loader import PlainBatches
-from mdistiller.taps import logits_of
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import Measure, evaluate
 from mdistiller.training.deployment import (
     Deployment,
-    Format,
     Model,
     ModelInput,
     ModuleOf,
     normalize_code,
-    write_program,
 )
 from mdistiller.training.distributed import World
 from mdistiller.types import Line
@@ -38,23 +34,12 @@ class Prediction(NamedTuple):
     probability: float
 
 
-class _Output(nn.Module):
-    def __init__(self, model: nn.Module, read: Callable[[object], Tensor]) -> None:
-        super().__init__()
-        self.model, self.read = model, read
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.read(self.model(image))
-
-
 class ClassifierDeployment(Deployment):
     """Graphs from normalized images, float32 [B, 3, S, S], to logits [B, classes]."""
 
     outputs = ("logits",)
     predictions = "classes"
     hub_task = "image-classification"
-    read: Callable[[object], Tensor] = staticmethod(logits_of)
-    """The output in a model's result."""
     measure: Measure = staticmethod(evaluate)
     show_code = "print(classes[logits[0].argmax()])"
     """Python that prints a prediction from the output of a batch of one."""
@@ -73,19 +58,8 @@ class ClassifierDeployment(Deployment):
         facts["name"] = data.root.name if data.is_own else data.kind
         return {**fields, "resize": resize, "data": facts}
 
-    def as_model(self, student: nn.Module) -> Model:
-        return lambda images: (self.read(student(images)),)
-
     def check_inputs(self, metadata: Line) -> list[Tensor]:
         return [_images(count, metadata["image_size"]) for count in _BATCH_SIZES]
-
-    def write_graph(self, path: Path, format: Format, student: nn.Module, metadata: Line) -> None:
-        shapes = ({0: torch.export.Dim("batch")},)
-        example = (self.check_inputs(metadata)[0],)
-        program = torch.export.export(
-            _Output(student, self.read).eval(), example, dynamic_shapes=shapes, strict=False
-        )
-        write_program(program, path, format, *self.outputs, shapes[0])
 
     def describe(self, fields: ModelInput) -> dict[str, str]:
         size, mean, std = _form(fields)

@@ -1,4 +1,4 @@
-"""Images with objects, read from COCO-format JSON."""
+"""Images with objects, read from COCO-format JSON, and their batches."""
 
 import json
 import math
@@ -6,10 +6,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +18,12 @@ from torch import Tensor
 
 from mdistiller.data.decoder import read_image
 from mdistiller.errors import DataError, MissingPackageError
-from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.listing import (
-    Annotation,
-    Category,
-    Content,
-    Entry,
-    Segmentation,
-    read_sized,
-)
-from mdistiller.training.dense import Split
+from mdistiller.seeding import derive_seed
+from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
+from mdistiller.tasks.detection.listing import Content, read_sized
+from mdistiller.training.dense import DenseLoader, Split
+from mdistiller.training.distributed import World
+from mdistiller.types import Line
 
 Target = dict[str, Tensor]
 """Objects of an image: `boxes` [N, 4], `labels` [N] and perhaps `masks` [N, H, W]."""
@@ -50,7 +47,7 @@ class ObjectImage:
     size: tuple[int, int]
     boxes: Tensor
     labels: Tensor
-    segmentations: tuple[Segmentation, ...] | None = None
+    segmentations: tuple[Any, ...] | None = None
     is_labeled: bool = True
 
 
@@ -81,7 +78,7 @@ class DetectionSet:
     @property
     def num_classes(self) -> int:
         """Number of classes of a detector for this set, with the background."""
-        return max(label for label, _, _ in self.categories) + 1
+        return len(self.categories) + 1
 
     @property
     def files(self) -> list[Path]:
@@ -145,13 +142,13 @@ def coco_classes() -> tuple[Any, Any]:
     return COCO, COCOeval_faster
 
 
-def decode_mask(segmentation: Segmentation, size: tuple[int, int], path: Path) -> Tensor:
+def decode_mask(segmentation: Any, size: tuple[int, int], path: Path) -> Tensor:
     """Decodes a list of polygons or an RLE (compressed or not) to uint8 [H, W] of 0 and 1.
 
     Raises:
         DataError: it is damaged, or of another size than the image at `path`.
     """
-    tools, rle = coco_tools().mask, cast(Any, segmentation)
+    tools, rle = coco_tools().mask, segmentation
     try:
         if isinstance(rle, list):
             rle = tools.merge(tools.frPyObjects(rle, *size))
@@ -169,12 +166,7 @@ def decode_mask(segmentation: Segmentation, size: tuple[int, int], path: Path) -
         raise DataError(f"a mask of image {path} cannot be decoded: {error}") from error
 
 
-def train_transform(
-    short_sides: tuple[int, ...],
-    long_side: int,
-    flip: bool,
-    scale_jitter: tuple[float, float] | None = None,
-) -> Transform:
+def train_transform(augment: DetectionAugmentConfig) -> Transform:
     """Returns a transform that scales to a random short side, within the long side, and mirrors half.
 
     With `scale_jitter` it scales an image to fit a square of the last short side, times a random factor
@@ -183,11 +175,11 @@ def train_transform(
     """
     from torchvision.transforms import v2
 
-    flips = [v2.RandomHorizontalFlip()] if flip else []
-    scales: list[v2.Transform] = [v2.RandomShortestSize(list(short_sides), long_side)]
-    if scale_jitter is not None:
-        side = (short_sides[-1], short_sides[-1])
-        scales = [v2.ScaleJitter(side, scale_jitter), v2.RandomCrop(side, pad_if_needed=True)]
+    flips = [v2.RandomHorizontalFlip()] if augment.flip else []
+    scales: list[v2.Transform] = [v2.RandomShortestSize(list(augment.short_sides), augment.long_side)]
+    if augment.scale_jitter is not None:
+        side = (augment.short_sides[-1], augment.short_sides[-1])
+        scales = [v2.ScaleJitter(side, augment.scale_jitter), v2.RandomCrop(side, pad_if_needed=True)]
     return v2.Compose([*scales, *flips, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
 
 
@@ -213,14 +205,14 @@ def make_set(
     """
     if config.masks:
         coco_tools()
-    categories = _categories(content["categories"], config.label_ids, source)
+    categories = _categories(content["categories"], source)
     label_of = {category: label for label, category, _ in categories}
     entries = {entry["id"]: entry for entry in content["images"]}
     if len(entries) < len(content["images"]):
         raise DataError(f"{source}: two images have one id")
     ids = list(entries)
     chosen = [ids[i] for i in config.choose(_rarest(content, ids), split)]
-    objects: dict[int, list[Annotation]] = {image: [] for image in chosen}
+    objects: dict[int, list[Line]] = {image: [] for image in chosen}
     for number, annotation in enumerate(content["annotations"]):
         where = f"{source}: annotation {annotation.get('id', number)}"
         image, category = annotation["image_id"], annotation["category_id"]
@@ -297,14 +289,12 @@ def parse_coco(path: Path) -> Content:
     return content
 
 
-def _categories(entries: list[Category], label_ids: str, path: Path) -> tuple[tuple[int, int, str], ...]:
+def _categories(entries: list[Line], path: Path) -> tuple[tuple[int, int, str], ...]:
     ids = sorted(entry["id"] for entry in entries)
     if not ids or len(set(ids)) < len(ids):
         raise DataError(f"{path}: " + ("two categories have one id" if ids else "it has no categories"))
-    if label_ids == "category" and ids[0] < 1:
-        raise DataError(f"{path}: category {ids[0]} cannot be a label; those begin at 1, 0 is the background")
     names = {entry["id"]: entry["name"] for entry in entries}
-    return tuple((i if label_ids == "category" else n, i, names[i]) for n, i in enumerate(ids, 1))
+    return tuple((label, i, names[i]) for label, i in enumerate(ids, 1))
 
 
 def _rarest(content: Content, ids: list[int]) -> list[int]:
@@ -315,24 +305,24 @@ def _rarest(content: Content, ids: list[int]) -> list[int]:
     return [rarest.get(image, -1) for image in ids]
 
 
-def _checked(annotation: Annotation, where: str) -> Annotation:
+def _checked(annotation: Line, where: str) -> Line:
     """Returns an annotation with `iscrowd`, and with the area of its box if it has no `area`."""
     box = annotation["bbox"]
     numbers = [v for v in box if isinstance(v, int | float) and math.isfinite(v)]
     if len(box) != 4 or len(numbers) != 4:
         raise DataError(f"{where}: bbox: got {box!r}, need four finite numbers x, y, width, height")
     given = {key: value for key, value in annotation.items() if value is not None}
-    return {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0), **given}  # type: ignore[typeddict-item]
+    return {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0), **given}
 
 
-def _boxes(objects: list[Annotation], size: tuple[int, int]) -> Tensor:
+def _boxes(objects: list[Line], size: tuple[int, int]) -> Tensor:
     """Returns boxes [N, 4] as x1, y1, x2, y2, clipped to the image."""
     boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
     corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
     return torch.minimum(corners.clamp(min=0), torch.tensor([*size[::-1], *size[::-1]]))
 
 
-def has_mask(annotation: Annotation) -> bool:
+def has_mask(annotation: Line) -> bool:
     """Whether an annotation has a polygon of three points or more, or an RLE."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
@@ -340,7 +330,7 @@ def has_mask(annotation: Annotation) -> bool:
     return bool(_polygons(segmentation))
 
 
-def _polygons(segmentation: Segmentation | None) -> Segmentation:
+def _polygons(segmentation: Any) -> Any:
     """Returns an RLE unchanged, or the polygons of three points or more; others would decode as boxes."""
     if isinstance(segmentation, dict):
         return segmentation
@@ -348,7 +338,7 @@ def _polygons(segmentation: Segmentation | None) -> Segmentation:
     return [p for p in given if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
 
 
-def _present(folder: Path, entries: list[Entry], on_error: str) -> list[Entry]:
+def _present(folder: Path, entries: list[Line], on_error: str) -> list[Line]:
     """Returns the entries with a file."""
     is_file = [(folder / entry["file_name"]).is_file() for entry in entries]
     if not all(is_file):
@@ -358,3 +348,57 @@ def _present(folder: Path, entries: list[Entry], on_error: str) -> list[Entry]:
             raise DataError(message)
         warnings.warn(f"left out: {message}", stacklevel=3)
     return list(compress(entries, is_file))
+
+
+class DetectionBatch(NamedTuple):
+    """A batch of images with objects.
+
+    image: B images, float [3, H, W] in [0, 1], each of its own size.
+    target: B dicts: `boxes` float [N, 4] (x1, y1, x2, y2 in pixels), `labels` int64 [N] from 1, and for
+        masks `masks` uint8 [N, H, W]. Empty for an image whose objects are not known.
+    index: int64 [B], each image's position in its set.
+    """
+
+    image: list[Tensor]
+    target: list[Target]
+    index: Tensor  # type: ignore[assignment]  # the field's name; tuple.index is not missed
+
+    def split(self, count: int, num_views: int = 1) -> "list[DetectionBatch]":
+        """Splits the batch into at most `count` parts; detection methods have one view."""
+        size = math.ceil(len(self.image) / count)
+        parts = [slice(i, i + size) for i in range(0, len(self.image), size)]
+        return [DetectionBatch(self.image[p], self.target[p], self.index[p]) for p in parts]
+
+
+def _read(
+    position: int, seed: int, *, images: DetectionSet, transform: Transform | None
+) -> tuple[Tensor, Target]:
+    image, target = images.read(position)
+    if transform is not None:
+        # torchvision draws from torch's global generator, which others use too.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(seed, position))
+            image, target = transform(image, target)
+    if not images.images[position].is_labeled:
+        target = {}
+    return image.as_subclass(Tensor), {key: value.as_subclass(Tensor) for key, value in target.items()}
+
+
+class DetectionLoader(DenseLoader[tuple[Tensor, Target]]):
+    """Batches of a detection set; see `DenseLoader`."""
+
+    def __init__(
+        self, images: DetectionSet, config: DetectionConfig, world: World, *, training: bool
+    ) -> None:
+        transform = train_transform(config.augment) if training else None
+        read = partial(_read, images=images, transform=transform)
+        super().__init__(images, config, world, read, training=training)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[DetectionBatch]:
+        """Yields an epoch from batch `first`; raises DataError for unreadable images, as `on_error` says."""
+        for samples, position, _ in self._parts(epoch, first):
+            yield DetectionBatch(
+                [self._to_device(image).float() / 255 for image, _ in samples],
+                [{key: self._to_device(value) for key, value in target.items()} for _, target in samples],
+                self._to_device(position),
+            )

@@ -32,9 +32,6 @@ class DetectionDataConfig(DenseDataConfig):
     pseudo_score: float | None = Field(default=None, gt=0, lt=1)
     """Learn the teacher's boxes of this score or more as the objects of unlabeled images. None: the
     detector's own losses leave these images out."""
-    label_ids: Literal["contiguous", "category"] = "contiguous"
-    """Labels: 1 … K in the order of the category ids, or the ids themselves, as in torchvision's COCO
-    checkpoints (91 classes)."""
 
     @model_validator(mode="after")
     def _check_unlabeled(self) -> Self:
@@ -83,9 +80,6 @@ class DetectionConfig(DenseConfig):
     task: Literal["detection"] = "detection"
     data: DetectionDataConfig = DetectionDataConfig()
     augment: DetectionAugmentConfig = DetectionAugmentConfig()
-    eval_batch_size: int = Field(default=1, ge=1)
-    """Images per evaluation batch and process. They are padded to one size, which changes predictions a
-    little, so runs compare at one size."""
 
     method_class: ClassVar = staticmethod(get_method)
     method_named: ClassVar = staticmethod(default_config)

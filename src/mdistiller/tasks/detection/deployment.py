@@ -1,23 +1,24 @@
-"""Exported detectors: graphs from an image to boxes, and the boxes of images."""
+"""Exported detectors: graphs from an image to boxes, and the boxes of images, also drawn."""
 
+import colorsys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.tasks.detection.coco import DetectionSet
+from mdistiller.tasks.detection.coco import DetectionLoader, DetectionSet, coco_tools
 from mdistiller.tasks.detection.config import DetectionConfig
-from mdistiller.tasks.detection.drawing import class_color, draw_boxes
-from mdistiller.tasks.detection.evaluate import DetectionEvaluator
+from mdistiller.tasks.detection.evaluate import evaluate_detector
 from mdistiller.tasks.detection.layouts import load_split
 from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
 from mdistiller.training.deployment import Format, Model, ModelInput
+from mdistiller.training.distributed import World
 from mdistiller.types import Line
 
 _CHECKED = ((120, 90), (96, 128), (150, 100))  # height, width
@@ -64,13 +65,12 @@ class DetectorDeployment(DenseDeployment):
     outputs = ("boxes", "labels", "scores")
     hub_task = "object-detection"
     predictions = "boxes"
-    load_split, evaluator, module = staticmethod(load_split), DetectionEvaluator, _FromModel
+    load_split, measure = staticmethod(load_split), staticmethod(evaluate_detector)
+    loader, module = DetectionLoader, _FromModel
 
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
-        labels = metadata.get("labels", range(1, len(metadata["classes"]) + 1))
-        names = dict(zip(labels, metadata["classes"], strict=True))
-        classes = [names.get(label, f"label {label}") for label in range(1, metadata["num_classes"])]
-        return {"classes": classes, "data": config.data_facts() if isinstance(config, DenseConfig) else None}
+        facts = config.data_facts() if isinstance(config, DenseConfig) else None
+        return {"classes": metadata["classes"], "data": facts}
 
     def as_model(self, student: nn.Module) -> Model:
         return _Boxes(student).eval()
@@ -138,14 +138,16 @@ for box, label, score in zip(boxes, labels, scores):
     ) -> tuple[Image.Image, list[Box]]:
         (boxes,) = self.predict(model, fields, [self.prepare(fields, image)], top)
         boxes = [box for box in boxes if box.score >= min_score]
-        texts = [f"{box.label} {box.score:.2f}" for box in boxes]
-        colors = [class_color(fields.classes.index(box.label)) for box in boxes]
-        return draw_boxes(image, [box[2:] for box in boxes], texts, colors), boxes
+        return draw_objects(image, boxes, fields.classes), boxes
 
     def example(
         self, fields: ModelInput, count: int, data: DenseSplits[DetectionSet] | None
     ) -> Tensor | None:
         return None if data is None or count > 1 else data.test.read(0)[0].float() / 255
+
+    def evaluator(self, config: DenseConfig, images: DetectionSet, world: World) -> Callable[..., Line]:
+        coco_tools()  # is missing before the first step rather than after an epoch
+        return super().evaluator(config, images, world)
 
     def load_test_set(self, config: RunConfig) -> DenseSplits[Any]:
         assert isinstance(config, DetectionConfig)
@@ -166,3 +168,94 @@ def _rows(outputs: Sequence[Tensor], side: int) -> Tensor:
     boxes, labels, scores = outputs
     # Another label is farther away than any other box or score.
     return torch.cat([boxes / side, scores[:, None], 10.0 * labels[:, None]], 1)
+
+
+_SHORT = 320  # least short side of a drawing; in smaller ones labels would cover the objects
+Rectangle = tuple[float, float, float, float]
+
+
+def place_labels(
+    boxes: Sequence[Sequence[float]], widths: Sequence[float], height: float, size: tuple[float, float]
+) -> list[tuple[float, float] | None]:
+    """Places a label at each box, within the image, on no other label, and on no box if there is room.
+
+    Args:
+        boxes: x1, y1, x2, y2; the first ones choose first.
+        widths: the labels' widths, in the boxes' unit.
+        height: height of all labels.
+        size: (width, height) of the image.
+
+    Returns:
+        The upper left corner of each label; None where all its positions are taken.
+    """
+    placed: list[Rectangle] = []
+    found: list[tuple[float, float] | None] = []
+    for (x1, y1, x2, y2), width in zip(boxes, widths, strict=True):
+        right = x2 - width
+        positions = [
+            (x1, y1 - height),
+            (x1, y2),
+            (right, y1 - height),
+            (right, y2),
+            (x1, y1),
+            (right, y2 - height),
+        ]
+        inside = [(max(0.0, min(x, size[0] - width)), y) for x, y in positions if 0 <= y <= size[1] - height]
+        places: list[Rectangle] = [(x, y, x + width, y + height) for x, y in inside]
+        free = [place for place in places if not any(_overlap(place, other) for other in placed)]
+        clear = (place for place in free if not any(_overlap(place, box) for box in boxes))
+        best = next(clear, free[0] if free else None)
+        placed += [] if best is None else [best]
+        found.append(None if best is None else best[:2])
+    return found
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def class_color(number: int) -> tuple[int, int, int]:
+    """Returns the color of a class, whose hue is far from those of the classes before it."""
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.85, 0.9)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_objects(
+    image: Image.Image, boxes: Sequence[Box], classes: Sequence[str], scale: float = 1.0
+) -> Image.Image:
+    """Draws boxes, times `scale`, in the colors of their classes, with class and score."""
+    texts = [f"{box.label} {box.score:.2f}" for box in boxes]
+    colors = [class_color(classes.index(box.label)) for box in boxes]
+    return draw_boxes(image, [[scale * x for x in box[2:]] for box in boxes], texts, colors)
+
+
+def draw_boxes(
+    image: Image.Image,
+    boxes: Sequence[Sequence[float]],
+    texts: Sequence[str],
+    colors: Sequence[tuple[int, int, int]],
+) -> Image.Image:
+    """Returns a copy of an RGB image with boxes and their texts.
+
+    Its short side has 320 pixels or more, by a whole factor. A text that would cover another one is left out;
+    those of the first boxes come first.
+    """
+    scale = max(1, -(-_SHORT // min(image.size)))
+    boxes = [[scale * x for x in box] for box in boxes]
+    image = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+    drawn = image.copy()
+    canvas = ImageDraw.Draw(drawn)
+    short = min(image.size)
+    line, size = max(1, round(short / 250)), min(max(9, short // 32), 28)
+    font = ImageFont.load_default(size)
+    for (x1, y1, x2, y2), color in reversed(list(zip(boxes, colors, strict=True))):
+        canvas.rectangle((min(x1, x2), min(y1, y2), x2, y2), outline=color, width=line)
+    widths = [canvas.textlength(text, font) + 4 for text in texts]
+    places = place_labels(boxes, widths, size + 4, image.size)
+    for text, width, place, color in zip(texts, widths, places, colors, strict=True):
+        if text and place is not None:
+            x, y = place
+            canvas.rectangle((x, y, x + width, y + size + 4), fill=color)
+            bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
+            canvas.text((x + 2, y + 1), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font)
+    return drawn

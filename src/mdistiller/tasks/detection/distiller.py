@@ -10,10 +10,9 @@ from mdistiller.distiller import AnyMethod, Distiller, StudentPass
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method, MethodConfig
 from mdistiller.tasks.detection.adapter import DetectorAdapter, DetectorPass, Targets, float32_coordinates
-from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.backbone import BackboneAdapter
+from mdistiller.tasks.detection.adapters import BackboneAdapter, adapter_of
+from mdistiller.tasks.detection.coco import DetectionBatch
 from mdistiller.tasks.detection.levels import OBJECTS, OVERLAP, resample, scale_between
-from mdistiller.tasks.detection.loader import DetectionBatch
 from mdistiller.tasks.detection.methods import (
     build_method,
     check_unlabeled,

@@ -12,17 +12,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from mdistiller.data.loader import Order
 from mdistiller.errors import ConfigError
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.tasks.detection.adapter import float32_coordinates
-from mdistiller.tasks.detection.coco import DetectionSet, Target, coco_classes, coco_tools, has_mask
-from mdistiller.tasks.detection.config import DetectionConfig
-from mdistiller.tasks.detection.listing import Annotation, Content
-from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
+from mdistiller.tasks.detection.coco import (
+    DetectionBatch,
+    DetectionSet,
+    Target,
+    coco_classes,
+    coco_tools,
+    has_mask,
+)
+from mdistiller.tasks.detection.listing import Content
 from mdistiller.teacher import EvalMode
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import autocast, torch_dtype
+from mdistiller.training.precision import autocast
 from mdistiller.types import Line
 
 if TYPE_CHECKING:
@@ -30,22 +34,6 @@ if TYPE_CHECKING:
     from pycocotools.cocoeval import COCOeval
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve, in its order
-
-
-class DetectionEvaluator:
-    """Average precision of models on a set of images, with a config's batch size, precision and workers."""
-
-    def __init__(self, config: DetectionConfig, images: DetectionSet, world: World) -> None:
-        coco_tools()  # is missing before the first step rather than after an epoch
-        self.images, self.world = images, world
-        self.precision = torch_dtype(config.precision)
-        order = Order(device=world.device, shuffle=False, rank=world.rank, world_size=world.size)
-        self.loader = DetectionLoader(images, config.eval_batch_size, workers=config.data.workers, **order)
-
-    def __call__(self, model: nn.Module, is_student: bool = True, *, predictions: Path | None = None) -> Line:
-        """Computes the metrics of a model; see `evaluate_detector`."""
-        data = self.loader.epoch(0), self.images, self.world
-        return evaluate_detector(model, *data, precision=self.precision, predictions=predictions)
 
 
 def evaluate_detector(
@@ -63,41 +51,26 @@ def evaluate_detector(
     model runs in evaluation mode, with autocast to `precision`, and is put back into its own mode.
     `predictions` is a JSON file to write, in COCO's format for results.
     """
-    results, images = world_results(model, batches, images, world, precision=precision)
-    if predictions is not None and world.is_main:
-        predictions.parent.mkdir(parents=True, exist_ok=True)
-        write_text(predictions, json.dumps(results) + "\n")
-    return average_precision(results, images)
-
-
-def world_results(
-    model: nn.Module,
-    batches: Iterable[DetectionBatch],
-    images: DetectionSet,
-    world: World,
-    *,
-    precision: torch.dtype = torch.float32,
-) -> tuple[list[Annotation], DetectionSet]:
-    """Computes the predictions of all processes in COCO's format for results; see `evaluate_detector`.
-
-    The set that is returned beside them has the ground truth of those images alone that could be read.
-    """
-    mine: list[Annotation] = []
+    mine: list[Line] = []
     read: list[int] = []
     with torch.no_grad(), EvalMode(model.modules()), float32_coordinates(model):
         for batch in batches:
             with autocast(world.device, precision):
                 found = model(batch.image)
             read += [images.images[position].id for position in batch.index.tolist()]
-            for position, predictions in zip(batch.index.tolist(), found, strict=True):
-                mine += as_results(predictions, images, position)
+            for position, objects in zip(batch.index.tolist(), found, strict=True):
+                mine += as_results(objects, images, position)
     whole, ids = images.ground_truth, {image for part in world.gather(read) for image in part}
     truth: Content = {**whole, "images": [entry for entry in whole["images"] if entry["id"] in ids]}
     results = [result for part in world.gather(mine) for result in part]
-    return results, replace(images, ground_truth=truth)
+    if predictions is not None and world.is_main:
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        write_text(predictions, json.dumps(results) + "\n")
+    # The ground truth of those images alone that could be read.
+    return average_precision(results, replace(images, ground_truth=truth))
 
 
-def as_results(predictions: Target, images: DetectionSet, position: int) -> list[Annotation]:
+def as_results(predictions: Target, images: DetectionSet, position: int) -> list[Line]:
     """Converts the predictions for the image at `position` in the set to COCO's format for results.
 
     They are `boxes` [N, 4], `labels` [N], `scores` [N], and perhaps `masks` [N, 1, H, W] in [0, 1], in pixels
@@ -111,7 +84,7 @@ def as_results(predictions: Target, images: DetectionSet, position: int) -> list
     rows = zip(categories, predictions["scores"].tolist(), boxes.tolist(), strict=True)
     # A label that is no category's is wrong in any case.
     known = [(i, c, score, box) for i, (c, score, box) in enumerate(rows) if c is not None]
-    results: list[Annotation]
+    results: list[Line]
     results = [
         {"image_id": image, "category_id": c, "bbox": box, "score": score} for _, c, score, box in known
     ]
@@ -124,7 +97,7 @@ def as_results(predictions: Target, images: DetectionSet, position: int) -> list
     return results
 
 
-def average_precision(results: Sequence[Annotation], images: DetectionSet) -> Line:
+def average_precision(results: Sequence[Line], images: DetectionSet) -> Line:
     """Computes COCO's metrics of a list of results, in percent.
 
     AP is the mean over the overlaps 0.5, 0.55 … 0.95 and over the categories that have an object; AP50 and
@@ -149,7 +122,7 @@ def average_precision(results: Sequence[Annotation], images: DetectionSet) -> Li
     return metrics
 
 
-def _evaluate(results: Sequence[Annotation], images: DetectionSet, kind: str) -> Line:
+def _evaluate(results: Sequence[Line], images: DetectionSet, kind: str) -> Line:
     evaluation = _accumulate(results, images, kind)
     metrics: Line = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
     precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
@@ -158,14 +131,14 @@ def _evaluate(results: Sequence[Annotation], images: DetectionSet, kind: str) ->
     return metrics | {"categories": {name: _percent(precision[:, :, k, 0, -1]) for k, name in by_category}}
 
 
-def _accumulate(results: Sequence[Annotation], images: DetectionSet, kind: str) -> "COCOeval":
+def _accumulate(results: Sequence[Line], images: DetectionSet, kind: str) -> "COCOeval":
     """Returns the evaluation of results, summarized."""
     # pycocotools prints, and standard output is for results.
     with contextlib.redirect_stdout(io.StringIO()):
         # pycocotools writes into the annotations.
         truths = enumerate(images.ground_truth["annotations"], 1)
-        annotations: list[Annotation] = [{**a, "id": i} for i, a in truths]
-        rows: list[dict[str, object]] = [dict(r) for r in results]
+        annotations: list[Line] = [{**a, "id": i} for i, a in truths]
+        rows: list[Line] = [dict(r) for r in results]
         keep = {image["id"] for image in images.ground_truth["images"]}
         if kind == "segm":
             keep -= {a["image_id"] for a in annotations if not has_mask(a)}
@@ -182,7 +155,7 @@ def _accumulate(results: Sequence[Annotation], images: DetectionSet, kind: str) 
     return evaluation
 
 
-def _index(content: Content, annotations: list[Annotation]) -> "COCO":
+def _index(content: Content, annotations: list[Line]) -> "COCO":
     index = coco_classes()[0]()
     index.dataset = {"info": {}, **content, "annotations": annotations}
     index.createIndex()

@@ -5,18 +5,16 @@ with an object is more than $\psi$ times the best overlap that any anchor has wi
 $L = \frac{1}{2N} \sum_{i} I_i \sum_c \big(a(F^S)_{ic} - F^T_{ic}\big)^2$, $N = \sum_i I_i$.
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import Card, Losses
 from mdistiller.methods.features import FeatureConfig, Weight, float_pairs
 from mdistiller.tasks.detection.levels import OVERLAP, LevelMethod
-from mdistiller.types import Batch, DataInfo, Outputs
+from mdistiller.types import Batch, Outputs
 
 
 def fgfi_loss(
@@ -61,19 +59,8 @@ class FGFIConfig(FeatureConfig):
     """Weight of the imitation loss; the default is from the authors' code."""
     threshold: float = Field(default=0.5, ge=0, lt=1)
     """ψ, the fraction of an object's best overlap above which an anchor is near the object."""
-    delay: int = Field(default=0, ge=0)
-    """Training passes before the loss counts; the authors' code begins after 400."""
     relu: bool = False
     """Put a ReLU behind the convolution, as in the authors' code, whose maps are not negative."""
-
-    @model_validator(mode="after")
-    def _check_delay(self) -> FGFIConfig:
-        if self.delay and self.weight == "auto":
-            raise ValueError(
-                f"delay: got {self.delay} with the weight auto, which is measured in the first passes; "
-                "allowed: 0, or a number as weight"
-            )
-        return self
 
 
 class FGFI(LevelMethod):
@@ -81,16 +68,11 @@ class FGFI(LevelMethod):
 
     Config = FGFIConfig
     config: FGFIConfig
-    passes: Tensor | None
     name = "fgfi"
     derived = OVERLAP
     card = Card(
         "Wang, Yuan, Zhang, Feng: Distilling Object Detectors with Fine-grained Feature Imitation, CVPR 2019"
     )
-
-    def __init__(self, config: FGFIConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
-        super().__init__(config, student, teacher, data)
-        self.register_buffer("passes", torch.zeros((), dtype=torch.int64) if config.delay else None)
 
     def adapter(self, student: int, teacher: int) -> nn.Module:
         return nn.Conv2d(student, teacher, 3, padding=1)
@@ -99,9 +81,4 @@ class FGFI(LevelMethod):
         adapted, targets = map(list, zip(*self.adapted(student, teacher), strict=True))
         adapted = [x.relu() for x in adapted] if self.config.relu else adapted
         near = [student.features[name + OVERLAP] > self.config.threshold for name in self.levels]
-        loss = self.weight * fgfi_loss(adapted, targets, near)
-        if self.passes is not None:
-            loss = torch.where(self.passes >= self.config.delay, loss, 0 * loss)
-            if self.training:
-                self.passes.add_(1)
-        return {"fgfi": loss}
+        return {"fgfi": self.weight * fgfi_loss(adapted, targets, near)}

@@ -13,8 +13,9 @@ from mdistiller.errors import DataError
 from mdistiller.tasks.detection import voc, yolo
 from mdistiller.tasks.detection.coco import DetectionSet, ObjectImage, make_set, parse_coco
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.listing import SPLITS, Category, Content, find_folder
+from mdistiller.tasks.detection.listing import SPLITS, Content, find_folder
 from mdistiller.training.dense import DenseSplits, Split, check_apart, check_fraction
+from mdistiller.types import Line
 
 _ROBOFLOW = "_annotations.coco.json"
 _YEAR = {"train": "train2017", "test": "val2017"}
@@ -68,18 +69,11 @@ def load_split(config: DetectionDataConfig, split: Split) -> DetectionSet:
     Raises:
         DataError: no layout fits, or files are missing or damaged.
     """
-    source, whole = config.source(split), config.val_fraction is not None
-    root, skip, is_train = config.root, config.on_error == "skip", source == "train"
-    annotations = config.train_annotations if is_train else config.test_annotations
-    images = config.train_images if is_train else config.test_images
-    kind = find_kind(config) if config.kind == "auto" else config.kind
+    source, kind = config.source(split), find_kind(config) if config.kind == "auto" else config.kind
     if kind == "coco":
-        return make_set(*_read_coco(root, source, annotations, images), config, split)
-    if kind == "yolo":
-        content = yolo.read_yolo(root, source, images, skip=skip, whole=whole)
-    else:
-        content = voc.read_voc(root, source, annotations, skip=skip, whole=whole)
-    return make_set(content, root, root, config, split)
+        return make_set(*_read_coco(config, source), config, split)
+    read = yolo.read_yolo if kind == "yolo" else voc.read_voc
+    return make_set(read(config, source), config.root, config.root, config, split)
 
 
 def find_kind(config: DetectionDataConfig) -> Literal["coco", "yolo", "voc"]:
@@ -113,11 +107,11 @@ def _only_json(root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in found if len(found) == 1]
 
 
-def _read_coco(
-    root: Path, split: str, annotations: Path | None, images: Path | None
-) -> tuple[Content, Path, Path]:
+def _read_coco(config: DetectionDataConfig, split: Split) -> tuple[Content, Path, Path]:
     """Reads a JSON; returns its content, the folder of its images, and the JSON's path."""
-    file = _find(root, annotations, _coco_files(split) + (_only_json(root) if split == "train" else []))
+    root, images = config.root, getattr(config, f"{split}_images")
+    usual = _coco_files(split) + (_only_json(root) if split == "train" else [])
+    file = _find(root, getattr(config, f"{split}_annotations"), usual)
     content = parse_coco(file)
     if file.name != _ROBOFLOW:
         return content, _find(root, images, [_YEAR[split], find_folder(root, "images").name]), file
@@ -125,7 +119,7 @@ def _read_coco(
     return content, file.parent if images is None else _find(root, images, []), file
 
 
-def _without_group(content: Content) -> list[Category]:
+def _without_group(content: Content) -> list[Line]:
     """Returns the categories without the one that Roboflow adds as the group of all others."""
     categories = content["categories"]
     groups = {entry.get("supercategory") for entry in categories}

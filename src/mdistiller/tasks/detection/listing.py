@@ -3,13 +3,15 @@
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
 from mdistiller.data.decoder import plain, read_image
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.errors import DataError
+from mdistiller.tasks.detection.config import DetectionDataConfig
+from mdistiller.types import Line
 
 SPLITS = {"train": ("train",), "test": ("val", "valid", "validation", "test")}
 """Usual names of the folders of a split, the first of which that is there counts."""
@@ -17,98 +19,52 @@ SPLITS = {"train": ("train",), "test": ("val", "valid", "validation", "test")}
 _ON_THEIR_SIDE = (5, 6, 7, 8)  # values of the EXIF orientation
 
 
-class Rle(TypedDict):
-    """Mask as lengths of runs, perhaps compressed."""
+Content = dict[str, list[Line]]
+"""Content of a COCO-format JSON, lists of three kinds.
 
-    counts: str | bytes | list[int]
-    size: list[int]
-
-
-Segmentation = list[list[float]] | Rle
-"""A mask: polygons x1, y1, x2, y2 …, or runs."""
-
-
-class Object(TypedDict):
-    """An object: its box is x, y, width, height; one that is predicted has a score."""
-
-    category_id: int
-    bbox: list[float]
-    segmentation: NotRequired[Segmentation]
-    iscrowd: NotRequired[int]
-    area: NotRequired[float]
-    score: NotRequired[float]
-
-
-class Annotation(Object):
-    """An object of an image."""
-
-    id: NotRequired[int]
-    image_id: int
-
-
-class Entry(TypedDict):
-    """An image file."""
-
-    id: int
-    file_name: str
-    width: int
-    height: int
-
-
-class Category(TypedDict):
-    """A class of objects."""
-
-    id: int
-    name: str
-    supercategory: NotRequired[str]
-
-
-class Content(TypedDict):
-    """Content of a COCO-format JSON."""
-
-    images: list[Entry]
-    annotations: list[Annotation]
-    categories: list[Category]
-
+images: `id`, `file_name`, `width` and `height`.
+categories: `id`, `name`, and perhaps `supercategory`.
+annotations: objects: `image_id`, `category_id`, `bbox` (x, y, width, height), and perhaps `id`, `iscrowd`,
+    `area`, and `segmentation`: polygons x1, y1, x2, y2 …, or an RLE. A predicted one has a `score`.
+"""
 
 Source = TypeVar("Source")
 
 
 def as_coco(
-    root: Path,
+    config: DetectionDataConfig,
     names: Sequence[str],
     sources: Iterable[Source],
     locate: Callable[[Source], tuple[Path, tuple[int, int]]],
-    objects: Callable[[Source, int, int], Iterable[Object]],
-    *,
-    skip: bool,
+    objects: Callable[[Source, int, int], Iterable[Line]],
 ) -> Content:
     """Makes the lists of a COCO-format JSON; category ids are 1 … K in the order of the names.
 
     Args:
-        root: folder to which `file_name` is relative.
+        config: settings of the data; `file_name` is relative to its root. With `on_error="skip"` images for
+            which `locate` raises DataError are left out, with a warning.
         names: names of the classes.
         sources: what there is of each image.
         locate: finds its file and its (width, height).
         objects: reads its objects; gets the width and the height too.
-        skip: leave out images for which `locate` raises DataError, with a warning.
     """
-    categories: list[Category] = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
+    root = config.root
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
     content: Content = {"images": [], "annotations": [], "categories": categories}
     errors = []
     for number, source in enumerate(sources, 1):
         try:
             path, (width, height) = locate(source)
         except DataError as error:
-            if not skip:
+            if config.on_error == "raise":
                 raise
             errors.append(str(error))
             continue
         name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path.absolute())
         content["images"].append({"id": number, "file_name": name, "width": width, "height": height})
         for found in objects(source, width, height):
-            whole: Annotation = {"id": len(content["annotations"]) + 1, "image_id": number, **found}
-            content["annotations"].append(whole)
+            identity = {"id": len(content["annotations"]) + 1, "image_id": number}
+            content["annotations"].append(identity | found)
     if errors:
         warnings.warn(f"{root}: left out {len(errors)} images: {errors[0]}", stacklevel=2)
     return content

@@ -14,8 +14,7 @@ from mdistiller.methods.compose import Sum, SumConfig, check_sum, method_config,
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.methods.several import Several
 from mdistiller.tasks.detection.adapter import DetectorAdapter
-from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.backbone import BackboneAdapter
+from mdistiller.tasks.detection.adapters import BackboneAdapter, adapter_of
 from mdistiller.tasks.detection.bckd import BCKD
 from mdistiller.tasks.detection.crosskd import CrossKD
 from mdistiller.tasks.detection.cwd import CWD

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from mdistiller.data.loader import Order
 from mdistiller.errors import ConfigError
 from mdistiller.methods import Method
 from mdistiller.methods.changes import change_all, unset
@@ -15,14 +14,13 @@ from mdistiller.models.external import InputConfig
 from mdistiller.models.weights import read_metadata
 from mdistiller.tasks.classification.models import build_backbone
 from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.coco import DetectionSet, train_transform
+from mdistiller.tasks.detection.coco import DetectionBatch, DetectionLoader, DetectionSet
 from mdistiller.tasks.detection.config import DetectionConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
 from mdistiller.tasks.detection.distiller import DetectionDistiller, freeze
 from mdistiller.tasks.detection.evaluate import METRICS
 from mdistiller.tasks.detection.layouts import load_detection
 from mdistiller.tasks.detection.levels import settle
-from mdistiller.tasks.detection.loader import DetectionBatch, DetectionLoader
 from mdistiller.tasks.detection.methods import (
     build_method,
     check_unlabeled,
@@ -107,13 +105,7 @@ class DetectionTask(DenseTask[DetectionConfig, DetectionSet, DetectionBatch]):
         return model
 
     def make_batches(self, config: DetectionConfig, data: DetectionSplits, world: World) -> DetectionBatches:
-        augment, workers = config.augment, config.data.workers
-        sizes = augment.short_sides, augment.long_side
-        change = train_transform(*sizes, augment.flip, augment.scale_jitter)
-        order = Order(device=world.device, seed=config.seed, rank=world.rank, world_size=world.size)
-        order["drop_last"] = config.drop_last
-        images = config.batch_size // world.size
-        loader = DetectionLoader(data.train, images, transform=change, workers=workers, **order)
+        loader = DetectionLoader(data.train, config, world, training=True)
         return DetectionBatches(loader, world, memory_format=memory_format(config.layout))
 
     def format_metrics(self, metrics: Line) -> list[str]:
@@ -132,7 +124,6 @@ class DetectionTask(DenseTask[DetectionConfig, DetectionSet, DetectionBatch]):
             "options": resolve_options(config.student, trained=True, **config.augment.size),
             "classes": data.train.classes,
             "num_classes": data.train.num_classes,
-            "labels": [label for label, _, _ in data.train.categories],
         }
 
     def list_models(self) -> list[Line]:

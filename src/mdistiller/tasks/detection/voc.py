@@ -4,19 +4,21 @@ import math
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.errors import DataError
+from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.listing import (
     SPLITS,
     Content,
-    Object,
     as_coco,
     find_folder,
     read_names,
     upright_size,
 )
+from mdistiller.training.dense import Split
+from mdistiller.types import Line
 
 CLASS_LISTS = ("classes.txt", "labels.txt")
 _LISTS = "ImageSets/Main"
@@ -31,40 +33,27 @@ def is_voc(root: Path) -> bool:
     return any(any(folder.glob("*.xml")) for folder in folders)
 
 
-def read_voc(
-    root: Path,
-    split: Literal["train", "test"],
-    given: Path | None = None,
-    *,
-    skip: bool = False,
-    whole: bool = False,
-) -> Content:
+def read_voc(config: DetectionDataConfig, split: Split) -> Content:
     """Reads a split in VOC's layout and returns it as the lists of a COCO-format JSON.
 
     Either `Annotations/*.xml` and `JPEGImages` with lists of names in `ImageSets/Main` (train and val, or
     trainval and test), or the folders `train` and `val` (valid, validation, test) with XML files beside the
-    images or in folders of these names; or, with `whole`, XML files in `annotations` (in any case) or beside
-    the images, without a split. Class names are in classes.txt or, sorted, those of all XML files.
+    images or in folders of these names; or, with `val_fraction`, XML files in `annotations` (in any case) or
+    beside the images, without a split. Class names are in classes.txt or, sorted, those of all XML files.
 
     Pixels count from 1 and the last one belongs to the box: 1, 1, 10, 10 is the box of 10 by 10 pixels in the
     corner. A difficult object becomes a crowd (`iscrowd`), so it is neither learned nor expected.
 
-    Args:
-        root: folder of the data set; `file_name` is relative to it.
-        split: `train` or `test`.
-        given: list of names, or folder of XML files, relative to root, in place of the usual ones.
-        whole: the set may have no split.
-        skip: leave out images that are missing or cannot be read, with a warning.
-
     Raises:
         DataError: a list, a file or an image is missing, or a file is no annotation.
     """
+    root = config.root
     names = read_names(root, CLASS_LISTS)
     if names is None:
         names = sorted({name for file in root.rglob("*.xml") for name, _, _ in _parse(file).objects})
     ids = {name: number for number, name in enumerate(names, 1)}
 
-    def objects(xml: _Xml, width: int, height: int) -> Iterator[Object]:
+    def objects(xml: _Xml, width: int, height: int) -> Iterator[Line]:
         for name, (x1, y1, x2, y2), difficult in xml.objects:
             if name not in ids:
                 raise DataError(f"{xml.file}: object {name!r}; allowed: {', '.join(ids)}")
@@ -75,7 +64,7 @@ def read_voc(
         image = _image_of(root, xml.file, xml.image)
         return image, xml.size or upright_size(image)
 
-    return as_coco(root, names, map(_parse, _files(root, split, given, whole)), locate, objects, skip=skip)
+    return as_coco(config, names, map(_parse, _files(config, split)), locate, objects)
 
 
 class _Xml(NamedTuple):
@@ -87,8 +76,9 @@ class _Xml(NamedTuple):
     objects: list[tuple[str, list[float], bool]]
 
 
-def _files(root: Path, split: str, given: Path | None, whole: bool) -> list[Path]:
+def _files(config: DetectionDataConfig, split: Split) -> list[Path]:
     """Lists the XML files of a split."""
+    root, given = config.root, getattr(config, f"{split}_annotations")
     if given is not None:
         if not (root / given).exists():
             raise DataError(f"{root} has no {given}")
@@ -100,7 +90,7 @@ def _files(root: Path, split: str, given: Path | None, whole: bool) -> list[Path
     for name in SPLITS[split]:
         if (root / name).is_dir():
             return _below(root / name)
-    if whole:
+    if config.val_fraction is not None:
         return _below(folder if (folder := find_folder(root, "Annotations")).is_dir() else root)
     pairs = ", ".join(f"{one}.txt with {other}.txt" for one, other in _PAIRS)
     folders = ", no ".join(SPLITS[split])

@@ -4,6 +4,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,7 @@ from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata, read_weights
 from mdistiller.tasks.detection.coco import DetectionSet
-from mdistiller.tasks.detection.detr import Detr
-from mdistiller.tasks.detection.detr_config import class_names, kind_of
+from mdistiller.tasks.detection.detr import Detr, class_names, kind_of
 from mdistiller.tasks.detection.models import build_detector
 from mdistiller.training.dense import DenseSplits
 
@@ -50,31 +50,17 @@ def build_for_data(
     Raises:
         ConfigError: classes are missing in the weights, without `new`.
     """
-    weights, num_classes = _pretrained(config), data.train.num_classes
-    folder = _folder(config)
-    if config.checkpoint is None and weights is None and folder is None:
-        return build_detector(config, num_classes, **size)
-    origin: WeightsEnum | Path | None
-    count: int | None
-    if folder is not None:
-        field, origin, (known, count) = "options", folder, class_names(folder)
-    elif weights is not None:
-        field, origin, known, count = "options", weights, _names(weights), len(weights.meta["categories"])
-    else:
-        field, origin, known, count = "checkpoint", config.checkpoint, _labels(config), None
+    num_classes = data.train.num_classes
+    field, origin, known, count = _trained_on(config)
     wanted = {name: label for label, _, name in data.train.categories}
-    if known == wanted and count in (None, num_classes):
+    if origin is None or (known == wanted and count in (None, num_classes)):
         return build_detector(config, num_classes, **size)
-    if count is None:
-        assert config.checkpoint is not None
-        if kind_of(config.name) is not None:
-            count = read_metadata(config.checkpoint).get("num_classes")
-        else:
-            bare = {k: v for k, v in config.options.items() if k not in _PRETRAINED}
-            plain = config.model_copy(update={"checkpoint": None, "options": bare})
-            count = _count(config.checkpoint, build_detector(plain, num_classes, **size), num_classes)
-        if count is None or (known is None and count == num_classes):
-            return build_detector(config, num_classes, **size)
+    if count is None and config.checkpoint is not None:
+        bare = {k: v for k, v in config.options.items() if k not in _PRETRAINED}
+        plain = config.model_copy(update={"checkpoint": None, "options": bare})
+        count = _count(config.checkpoint, build_detector(plain, num_classes, **size), num_classes)
+    if count is None or (known is None and count == num_classes):
+        return build_detector(config, num_classes, **size)
     known = known or {}
     missing = [name for name in wanted if name not in known]
     some = ", ".join(map(repr, missing[:5])) + ", …" * (len(missing) > 5)
@@ -129,23 +115,34 @@ def _layers(keys: Iterable[str]) -> dict[str, bool]:
     return found | {match[1]: False for match in map(_SSD.fullmatch, keys) if match}
 
 
-def _pretrained(config: ModelConfig) -> "WeightsEnum | None":
-    """Returns torchvision's weights that a config's options name; None without them, or with a checkpoint."""
-    if config.checkpoint is not None or not config.name.startswith("torchvision/"):
-        return None
-    from torchvision.models import get_model_weights
+def _trained_on(
+    config: ModelConfig,
+) -> "tuple[str, Path | WeightsEnum | None, dict[str, int] | None, int | None]":
+    """Returns the field and the origin of a config's weights, the labels of their classes, and their number.
 
+    The labels are by name, None where the classes have none. The number counts the background; None: only the
+    weights tell it. The origin is None for a config without weights.
+    """
+    short, is_set = config.name.removeprefix("torchvision/"), kind_of(config.name) is not None
+    checkpoint = config.checkpoint
     given = config.options.get("weights") or ("DEFAULT" if config.options.get("pretrained") else None)
-    try:
-        return get_model_weights(config.name.removeprefix("torchvision/")).verify(given)
-    except (KeyError, TypeError):  # no such weights; building says so
-        return None
+    if checkpoint is not None:
+        metadata = read_metadata(checkpoint)
+        names = metadata.get("classes")
+        known = {name: label for label, name in enumerate(names, 1)} if names else None
+        if not names and short != config.name:
+            known = _coco_labels(short, checkpoint)
+        # Outputs of other detectors are counted, as one's own may have none that belong to a class.
+        return "checkpoint", checkpoint, known, metadata.get("num_classes") if is_set else None
+    if given and is_set:
+        return "options", Path(given), *class_names(Path(given))
+    if given and short != config.name:
+        from torchvision.models import get_model_weights
 
-
-def _folder(config: ModelConfig) -> Path | None:
-    """Returns the folder of transformers whose weights a config's options name; None with a checkpoint."""
-    given = config.options.get("weights")
-    return Path(given) if given and config.checkpoint is None and kind_of(config.name) is not None else None
+        with suppress(KeyError, TypeError):  # no such weights; building says so
+            weights = get_model_weights(short).verify(given)
+            return "options", weights, _names(weights), len(weights.meta["categories"])
+    return "", None, None, None
 
 
 def _names(weights: "WeightsEnum") -> dict[str, int]:
@@ -154,23 +151,15 @@ def _names(weights: "WeightsEnum") -> dict[str, int]:
     return {name: label for label, name in named if label and name != "N/A"}
 
 
-def _labels(config: ModelConfig) -> dict[str, int] | None:
-    """Returns the labels of a checkpoint's classes by name; None where they have none."""
-    assert config.checkpoint is not None
-    metadata = read_metadata(config.checkpoint)
-    names = metadata.get("classes")
-    if names:
-        return dict(zip(names, metadata.get("labels") or range(1, len(names) + 1), strict=True))
-    if not config.name.startswith("torchvision/"):
-        return None
+def _coco_labels(name: str, checkpoint: Path) -> dict[str, int] | None:
+    """Returns the labels of torchvision's weights, if a file without names has as many outputs as these."""
     from torchvision.models import get_model_weights
 
-    weights = next(iter(get_model_weights(config.name.removeprefix("torchvision/"))), None)
+    weights = next(iter(get_model_weights(name)), None)
     if weights is None:
         return None
-    rows = _rows(read_weights(config.checkpoint))
-    is_coco = any(n % len(weights.meta["categories"]) == 0 for n in rows.values())
-    return _names(weights) if is_coco else None
+    counts = _rows(read_weights(checkpoint)).values()
+    return _names(weights) if any(n % len(weights.meta["categories"]) == 0 for n in counts) else None
 
 
 def _rows(state: dict[str, Tensor]) -> dict[str, int]:

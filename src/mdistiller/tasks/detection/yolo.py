@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from mdistiller.errors import DataError
+from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.listing import (
     SPLITS,
     Content,
-    Object,
     as_coco,
     images_in,
     read_names,
     upright_size,
 )
+from mdistiller.training.dense import Split
+from mdistiller.types import Line
 
 DESCRIPTIONS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
@@ -27,14 +28,7 @@ def is_yolo(root: Path) -> bool:
     return any((root / name).is_file() for name in names)
 
 
-def read_yolo(
-    root: Path,
-    split: Literal["train", "test"],
-    given: Path | None = None,
-    *,
-    skip: bool = False,
-    whole: bool = False,
-) -> Content:
+def read_yolo(config: DetectionDataConfig, split: Split) -> Content:
     """Reads a split in YOLO's layout and returns it as the lists of a COCO-format JSON.
 
     Class names are in data.yaml (`names`, `train`, `val` …) or, one a line, in classes.txt. The labels of
@@ -44,16 +38,10 @@ def read_yolo(
     data.yaml, the numbers after the box are key points, which are not read. Classes count from 0, category
     ids from 1.
 
-    Args:
-        root: folder of the data set; `file_name` is relative to it.
-        split: `train`, or `test`: val, valid, validation or test, the first that is there.
-        given: folder of the split's images or list of them, relative to root, in place of the usual ones.
-        whole: the set may have no split: the folder is `images`.
-        skip: leave out images that cannot be read, with a warning.
-
     Raises:
         DataError: names, images or labels are missing, or a line is no object of these classes.
     """
+    root = config.root
     description = next((root / name for name in DESCRIPTIONS if (root / name).is_file()), None)
     described = {} if description is None else _parse(description)
     if description is not None and "names" in described:
@@ -62,16 +50,16 @@ def read_yolo(
         names = read_names(root, CLASS_LISTS) or []
     if not names:
         raise DataError(f"{root} has no class names: no {' and no '.join((*DESCRIPTIONS, *CLASS_LISTS))}")
-    files = [image for source in _sources(root, described, split, given, whole) for image in _images(source)]
+    files = [image for source in _sources(config, split, described) for image in _images(source)]
     if not any(label_file(image).is_file() for image in files):
         raise DataError(f"{files[0].parent} has {len(files)} images and no labels: no {label_file(files[0])}")
 
-    def objects(image: Path, width: int, height: int) -> Iterator[Object]:
+    def objects(image: Path, width: int, height: int) -> Iterator[Line]:
         file = label_file(image)
         points = "kpt_shape" in described
         return _objects(file, names, width, height, has_points=points) if file.is_file() else iter(())
 
-    return as_coco(root, names, files, lambda image: (image, upright_size(image)), objects, skip=skip)
+    return as_coco(config, names, files, lambda image: (image, upright_size(image)), objects)
 
 
 def label_file(image: Path) -> Path:
@@ -107,10 +95,9 @@ def _names(content: dict[str, object], path: Path) -> list[str]:
     return list(map(str, names))
 
 
-def _sources(
-    root: Path, described: dict[str, object], split: str, given: Path | None, whole: bool
-) -> list[Path]:
+def _sources(config: DetectionDataConfig, split: Split, described: dict[str, object]) -> list[Path]:
     """Finds folders of images, or lists of them."""
+    root, given = config.root, getattr(config, f"{split}_images")
     if given is not None:
         candidates = [[str(given)]]
     else:
@@ -127,7 +114,7 @@ def _sources(
         looked = ", ".join(str(root / value) for values in candidates for value in values)
         raise DataError(f"{root} has no images for {split}: there is no {looked}")
     usual = [path for name in SPLITS[split] for path in (f"images/{name}", f"{name}/images")]
-    usual += ["images"] * whole
+    usual += ["images"] * (config.val_fraction is not None)
     for path in usual:
         if (root / path).is_dir():
             return [root / path]
@@ -147,7 +134,7 @@ def _images(source: Path) -> list[Path]:
     return found
 
 
-def _objects(file: Path, names: list[str], width: int, height: int, *, has_points: bool) -> Iterator[Object]:
+def _objects(file: Path, names: list[str], width: int, height: int, *, has_points: bool) -> Iterator[Line]:
     """Yields category id, box in pixels and perhaps a polygon of each line, without the points of a pose."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
 from mdistiller.data import Splits, load_data
@@ -14,14 +14,14 @@ from mdistiller.models import ModelConfig
 from mdistiller.taps import probe
 from mdistiller.tasks.classification import models
 from mdistiller.tasks.classification.config import ClassificationConfig
+from mdistiller.tasks.classification.deployment import ClassifierDeployment, Prediction
 from mdistiller.tasks.classification.evaluate import training_images
 from mdistiller.tasks.classification.task import ClassificationTask
 from mdistiller.tasks.embed.config import EmbedConfig
-from mdistiller.tasks.embed.deployment import EmbedDeployment
 from mdistiller.tasks.embed.evaluate import EmbedEvaluator, embedding_of
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource, ImageBatches
-from mdistiller.training.deployment import Deployment
+from mdistiller.training.deployment import Deployment, Model, ModelInput
 from mdistiller.training.distributed import World, pick_device
 from mdistiller.training.task import Task
 from mdistiller.training.trainer import Evaluator
@@ -119,3 +119,24 @@ class EmbedTask(ClassificationTask):
 
     def deployment(self) -> Deployment:
         return EmbedDeployment()
+
+
+class EmbedDeployment(ClassifierDeployment):
+    """Graphs from normalized images, float32 [B, 3, S, S], to embeddings [B, D]."""
+
+    outputs = ("embedding",)
+    hub_task = "image-feature-extraction"
+    read = staticmethod(embedding_of)
+    show_code = "print(embedding[0])"
+    load_test_set = Deployment.load_test_set
+
+    def describe(self, fields: ModelInput) -> dict[str, str]:
+        return super().describe(fields) | {"output": "embeddings [B, D]"}
+
+    def predict(
+        self, model: Model, fields: ModelInput, images: list[Tensor], top: int
+    ) -> list[list[Prediction]]:
+        raise ConfigError(
+            "predict: this student has embeddings and no classes; give --out FILE.npy or FILE.parquet (in "
+            "Python `Predictor.outputs`)"
+        )

@@ -90,8 +90,6 @@ class SegmentationConfig(DenseConfig):
     augment: SegmentationAugmentConfig = SegmentationAugmentConfig()
     aux_weight: float = Field(default=0.4, ge=0)
     """Weight of the auxiliary classifier's cross-entropy, of a student that has one (option `aux`)."""
-    eval_batch_size: int = Field(default=1, ge=1)
-    """Images per evaluation batch and process, of which those of one size run together."""
     teacher_cache: Path | None = None
     """Not for segmentation: a teacher's outputs for random crops take more room and time than its pass."""
 

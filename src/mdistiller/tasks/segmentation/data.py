@@ -1,13 +1,12 @@
 """Images with a class for each pixel: mask files as in VOC and Cityscapes, and COCO-format objects."""
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,6 @@ from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.layouts import load_split as load_objects
 from mdistiller.tasks.detection.listing import (
     SPLITS,
-    Segmentation,
     find_folder,
     images_in,
     read_names,
@@ -49,7 +47,7 @@ Mask = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationSet(ABC):
+class _Masks:
     """Images with masks; `classes` are names by class id, `on_error` the reaction to an unreadable image."""
 
     classes: tuple[str, ...]
@@ -59,25 +57,9 @@ class SegmentationSet(ABC):
     def num_classes(self) -> int:
         return len(self.classes)
 
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of images."""
-
-    @abstractmethod
-    def path(self, index: int) -> Path:
-        """Returns an image file."""
-
-    @abstractmethod
-    def read(self, index: int) -> tuple[Image.Image, Mask]:
-        """Reads an RGB image and its mask [H, W] of class ids, 255 where a pixel has none.
-
-        Raises:
-            DataError: a file cannot be read, a mask has another size or a value that is no class.
-        """
-
 
 @dataclass(frozen=True, kw_only=True)
-class MaskFiles(SegmentationSet):
+class MaskFiles(_Masks):
     """Image files with mask files; `table` maps the 256 values of a mask to class ids, -1 for no class."""
 
     images: tuple[Path, ...]
@@ -100,6 +82,11 @@ class MaskFiles(SegmentationSet):
         return self.images[index]
 
     def read(self, index: int) -> tuple[Image.Image, Mask]:
+        """Reads an RGB image and its mask [H, W] of class ids, 255 where a pixel has none.
+
+        Raises:
+            DataError: a file cannot be read, a mask has another size or a value that is no class.
+        """
         path = self.masks[index]
         values = _read_mask(path)
         image = read_sized(self.images[index], values.shape[::-1])
@@ -129,7 +116,7 @@ class MaskFiles(SegmentationSet):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectMasks(SegmentationSet):
+class ObjectMasks(_Masks):
     """Objects of COCO-format JSON, drawn as masks.
 
     Pixels without an object of a class, and those of other categories, are background. Where objects of two
@@ -138,7 +125,7 @@ class ObjectMasks(SegmentationSet):
 
     objects: DetectionSet
     ids: dict[int, int]  # class id of each label; background without an entry
-    crowds: dict[int, list[Segmentation]]  # segmentations by image id
+    crowds: dict[int, list[Any]]  # segmentations by image id
 
     def __len__(self) -> int:
         return len(self.objects)
@@ -168,6 +155,9 @@ class ObjectMasks(SegmentationSet):
             crowd = decode_mask(segmentation, record.size, record.path).bool().numpy()
             mask[crowd & (mask == 0)] = IGNORE
         return Image.fromarray(image.permute(1, 2, 0).numpy()), mask
+
+
+SegmentationSet = MaskFiles | ObjectMasks
 
 
 def load_segmentation(config: SegmentationDataConfig) -> DenseSplits[SegmentationSet]:
@@ -382,7 +372,7 @@ def _objects(config: SegmentationDataConfig, split: Split) -> ObjectMasks:
         found = name if name in chosen else upper
         if found in chosen:
             ids[label] = chosen.index(found) + 1
-    crowds: dict[int, list[Segmentation]] = {}
+    crowds: dict[int, list[Any]] = {}
     for a in objects.ground_truth["annotations"]:
         if a.get("iscrowd") and has_mask(a):
             crowds.setdefault(a["image_id"], []).append(a["segmentation"])

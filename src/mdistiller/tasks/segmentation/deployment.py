@@ -1,20 +1,18 @@
 """Exported segmentation models: graphs from images to logits, and masks of images."""
 
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.config import RunConfig
 from mdistiller.tasks.segmentation.data import SegmentationSet, load_split, palette
-from mdistiller.tasks.segmentation.evaluate import SegmentationEvaluator, classify
-from mdistiller.tasks.segmentation.loader import normalize, scaled, to_tensor
+from mdistiller.tasks.segmentation.evaluate import classify, evaluate_segmenter
+from mdistiller.tasks.segmentation.loader import SegmentationLoader, normalize, scaled, to_tensor
 from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
-from mdistiller.training.deployment import Format, Model, ModelInput, ModuleOf, normalize_code, write_program
+from mdistiller.training.deployment import Model, ModelInput, ModuleOf, normalize_code
 from mdistiller.types import Line
 
 _CHECKED = ((2, 128, 192), (1, 96, 128), (3, 160, 96))  # batch, height, width
@@ -33,30 +31,17 @@ class SegmenterDeployment(DenseDeployment):
     outputs = ("logits",)
     hub_task = "image-segmentation"
     predictions = "classes"
-    load_split, evaluator, module = staticmethod(load_split), SegmentationEvaluator, ModuleOf
+    axes = {0: "batch", 2: "height", 3: "width"}  # noqa: RUF012
+    load_split, measure = staticmethod(load_split), staticmethod(evaluate_segmenter)
+    loader, module = SegmentationLoader, ModuleOf
 
     def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
         fields = {name: metadata[name] for name in ("classes", "mean", "std")}
         fields["resize"] = metadata["short_side"]
         return {**fields, "data": config.data_facts() if isinstance(config, DenseConfig) else None}
 
-    def as_model(self, student: nn.Module) -> Model:
-        return lambda images: (student(images),)
-
     def check_inputs(self, metadata: Mapping[str, object]) -> list[Tensor]:
         return [_images(*shape) for shape in _CHECKED]
-
-    def write_graph(
-        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, object]
-    ) -> None:
-        shapes = ({0: "batch", 2: "height", 3: "width"},)
-        dynamic = (dict.fromkeys(shapes[0], torch.export.Dim.DYNAMIC),)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of constants in the graph
-            program = torch.export.export(
-                student.eval(), (self.check_inputs(metadata)[0],), dynamic_shapes=dynamic, strict=False
-            )
-        write_program(program, path, format, *self.outputs, shapes[0])
 
     def describe(self, fields: ModelInput) -> dict[str, str]:
         assert fields.mean is not None

@@ -5,37 +5,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mdistiller.data.loader import Order
 from mdistiller.methods.base import promote
-from mdistiller.tasks.segmentation.config import SegmentationConfig
 from mdistiller.tasks.segmentation.data import SegmentationSet
-from mdistiller.tasks.segmentation.loader import SegmentationLoader
 from mdistiller.tasks.segmentation.pixels import resized
 from mdistiller.teacher import EvalMode
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import autocast, torch_dtype
+from mdistiller.training.precision import autocast
 from mdistiller.types import IGNORED, Batch, Line
-
-
-class SegmentationEvaluator:
-    """Metrics of models on a set of images, with a config's sizes, batch size, precision and workers."""
-
-    def __init__(self, config: SegmentationConfig, images: SegmentationSet, world: World) -> None:
-        self.images, self.world = images, world
-        self.precision = torch_dtype(config.precision)
-        data = config.data
-        order = Order(device=world.device, rank=world.rank, world_size=world.size)
-        self.loader = SegmentationLoader(
-            *(images, config.eval_batch_size, config.augment, data.mean, data.std),
-            training=False,
-            workers=data.workers,
-            **order,
-        )
-
-    def __call__(self, model: nn.Module, is_student: bool = True) -> Line:
-        """Computes the metrics of a model; see `metrics_of`."""
-        groups, classes = self.loader.groups(), self.images.classes
-        return evaluate_segmenter(model, groups, classes, self.world, precision=self.precision)
 
 
 def confusion(predicted: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -69,7 +45,7 @@ def metrics_of(matrix: Tensor, classes: tuple[str, ...]) -> Line:
 def evaluate_segmenter(
     model: nn.Module,
     batches: Iterable[Batch],
-    classes: tuple[str, ...],
+    images: SegmentationSet,
     world: World,
     *,
     precision: torch.dtype = torch.float32,
@@ -81,10 +57,11 @@ def evaluate_segmenter(
     Args:
         model: a model whose call returns logits [B, C, h, w]; it is put back into its own mode.
         batches: this process's share of the images, labels int64 [B, H, W].
-        classes: names, in the order of the logits.
+        images: the set, whose classes are in the order of the logits.
         world: this process.
         precision: of autocast.
     """
+    classes = images.classes
     total = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
     with torch.no_grad(), EvalMode(model.modules()):
         for batch in batches:

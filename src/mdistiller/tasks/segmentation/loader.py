@@ -2,19 +2,20 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Unpack
+from itertools import groupby
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mdistiller.data.cores import Workers
 from mdistiller.data.dataset import Triple
 from mdistiller.data.draws import Draws
-from mdistiller.data.loader import Order, WorkerLoader
-from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig
+from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig, SegmentationConfig
 from mdistiller.tasks.segmentation.data import IGNORE, Mask, SegmentationSet
+from mdistiller.training.dense import DenseLoader
+from mdistiller.training.distributed import World
+from mdistiller.training.precision import memory_format
 from mdistiller.types import IGNORED, Batch
 
 
@@ -98,67 +99,32 @@ def _read(
     return to_tensor(scaled(image, config.short_side)), torch.from_numpy(mask)
 
 
-class SegmentationLoader(WorkerLoader[list[tuple[Tensor, Tensor]]]):
-    """Batches of a set of images with masks, the same for any number of worker processes.
-
-    Args:
-        images: the set.
-        batch_size: images per batch on this rank.
-        augment: sizes and random changes.
-        mean, std: of each color channel, for images scaled to [0, 1].
-        training: change images at random; otherwise they are those of evaluation.
-        layout: memory format of training images.
-        workers: processes that read; 0 for this one.
-        order: see `Order`; errors as `SampleOrder`.
-    """
+class SegmentationLoader(DenseLoader[tuple[Tensor, Tensor]]):
+    """Batches of a set of images with masks; see `DenseLoader`."""
 
     def __init__(
-        self,
-        images: SegmentationSet,
-        batch_size: int,
-        augment: SegmentationAugmentConfig,
-        mean: Triple,
-        std: Triple,
-        *,
-        training: bool,
-        layout: torch.memory_format = torch.contiguous_format,
-        workers: Workers = "auto",
-        **order: Unpack[Order],
+        self, images: SegmentationSet, config: SegmentationConfig, world: World, *, training: bool
     ) -> None:
-        fill = tuple(round(255 * value) for value in mean)
-        order["shuffle"] = training
-        read = partial(_read, images=images, config=augment, fill=fill, training=training)
-        super().__init__(
-            len(images), batch_size, read, list, on_error=images.on_error, workers=workers, **order
-        )
-        self.mean, self.std, self.layout = mean, std, layout
+        self.mean, self.std = config.data.mean, config.data.std
+        self.layout = memory_format(config.layout) if training else torch.contiguous_format
+        fill = tuple(round(255 * value) for value in self.mean)
+        read = partial(_read, images=images, config=config.augment, fill=fill, training=training)
+        super().__init__(images, config, world, read, training=training)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yields an epoch of training from batch `first`: image float32 [B, 3, h, w], label int64 [B, h, w].
+        """Yields an epoch from batch `first`: image float32 [B, 3, h, w], label int64 [B, H, W].
+
+        In evaluation, neighbors of one size are a batch, and labels have the masks' size.
 
         Raises:
             DataError: unreadable images, as `on_error` says.
         """
         for samples, position, _ in self._parts(epoch, first):
-            images, masks = zip(*samples, strict=True)
-            image = normalize(self._to_device(torch.stack(images)), self.mean, self.std)
-            label = class_ids(self._to_device(torch.stack(masks)))
-            yield Batch(image.contiguous(memory_format=self.layout), label, self._to_device(position))
-
-    def groups(self) -> Iterator[Batch]:
-        """Yields the images for evaluation, neighbors of one size together; labels in the masks' size."""
-        for samples, position, _ in self._parts(0):
-            rows: list[tuple[Tensor, Tensor, Tensor]] = []
-            for (image, mask), index in zip(samples, position, strict=True):
-                if rows and (rows[-1][0].shape, rows[-1][1].shape) != (image.shape, mask.shape):
-                    yield self._group(rows)
-                    rows = []
-                rows.append((image, mask, index))
-            yield self._group(rows)
-
-    def _group(self, rows: list[tuple[Tensor, Tensor, Tensor]]) -> Batch:
-        image, mask, index = (self._to_device(torch.stack(parts)) for parts in zip(*rows, strict=True))
-        return Batch(normalize(image, self.mean, self.std), class_ids(mask), index)
+            rows = [(image, mask, index) for (image, mask), index in zip(samples, position, strict=True)]
+            for _, group in groupby(rows, lambda row: (row[0].shape, row[1].shape)):
+                images, masks, index = map(self._to_device, map(torch.stack, zip(*group, strict=True)))
+                normal = normalize(images, self.mean, self.std).contiguous(memory_format=self.layout)
+                yield Batch(normal, class_ids(masks), index)
 
 
 def class_ids(mask: Tensor) -> Tensor:

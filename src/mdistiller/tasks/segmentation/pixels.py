@@ -1,17 +1,19 @@
-"""Base of methods on maps, and methods of logits on pixels: each pixel of the head's map is a sample."""
+"""Bases of methods on maps and on pixels, with channel-wise distillation, and the task loss of pixels."""
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods import LogitMethod, Method
-from mdistiller.methods.base import Losses, Needs, promote
-from mdistiller.methods.features import FeatureMethod, TapPair
+from mdistiller.methods.base import Card, Losses, Needs, promote
+from mdistiller.methods.cwd import cwd_loss
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, sum_pairs
 from mdistiller.tasks.segmentation.segmenter import AUX
-from mdistiller.types import IGNORED, Batch, Outputs
+from mdistiller.types import IGNORED, Batch, DataInfo, Outputs
 
 TAP = "logits"
 
@@ -68,6 +70,46 @@ def check_maps(student: Tensor, teacher: Tensor) -> None:
             "student and teacher maps must be [B, C, H, W] of one size, whatever their channels; "
             f"got {list(student.shape)} and {list(teacher.shape)}"
         )
+
+
+class CWDConfig(FeatureConfig):
+    """Hyperparameters of CWD; the defaults are the paper's for logits."""
+
+    own_name = "cwd"
+
+    weight: float = Field(default=3.0, ge=0)
+    """Weight of the loss; 3 for logits and 50 for features in the paper."""
+    temperature: float = Field(default=4.0, gt=0)
+    """Temperature of the distributions over positions."""
+
+
+class CWD(MapMethod):
+    """Matches, channel by channel, the distribution of a map over positions; by default of the logits.
+
+    Maps of other channels go through a 1x1 convolution.
+    """
+
+    Config = CWDConfig
+    config: CWDConfig
+    name = "cwd"
+    card = Card(
+        "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
+    )
+    tap = TAP
+
+    def __init__(self, config: CWDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
+        super().__init__(config, student, teacher, data)
+        pairs = zip(self.student_shapes, self.teacher_shapes, strict=True)
+        self.adapters = nn.ModuleList(
+            nn.Identity() if s[1] == t[1] else nn.Conv2d(s[1], t[1], 1, bias=False) for s, t in pairs
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        features, targets = self.read(student, teacher, batch.image)
+        adapted = [cast(Tensor, adapt(x)) for adapt, x in zip(self.adapters, features, strict=True)]
+        temperature = self.config.temperature
+        loss = sum_pairs(lambda s, t: cwd_loss(s, t, temperature=temperature), adapted, targets)
+        return {"cwd": self.weight * loss}
 
 
 class PixelMethod(Method):

@@ -24,9 +24,9 @@ from mdistiller.report.sections import (
 )
 from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig, SegmentationDataConfig
 from mdistiller.tasks.segmentation.data import IGNORE, Mask, load_split, palette
-from mdistiller.tasks.segmentation.evaluate import classify
-from mdistiller.tasks.segmentation.loader import normalize, scaled, to_tensor
+from mdistiller.tasks.segmentation.deployment import SegmenterDeployment
 from mdistiller.tasks.segmentation.segmenter import build_segmenter
+from mdistiller.training.deployment import ModelInput
 from mdistiller.training.distributed import pick_device
 
 MOST = 6  # images
@@ -81,16 +81,13 @@ def _predict(
     run: RunRecord, images: Sequence[Image.Image], classes: Sequence[str], device: torch.device
 ) -> list[Mask]:
     """Predicts the class of each pixel of some images."""
-    student = ModelConfig(name=run.student, checkpoint=run.path)
-    model = build_segmenter(student, len(classes)).to(device).eval()
-    data = part_of(run, "data", SegmentationDataConfig)
-    augment = part_of(run, "augment", SegmentationAugmentConfig)
-    found = []
-    for image in images:
-        pixels = normalize(to_tensor(scaled(image, augment.short_side)), data.mean, data.std)
-        predicted = classify(model(pixels[None].to(device)), (image.height, image.width))
-        found.append(predicted[0].byte().cpu().numpy())
-    return found
+    exports, data = SegmenterDeployment(), part_of(run, "data", SegmentationDataConfig)
+    short_side = part_of(run, "augment", SegmentationAugmentConfig).short_side
+    fields = ModelInput(classes=classes, resize=short_side, mean=data.mean, std=data.std)
+    student = build_segmenter(ModelConfig(name=run.student, checkpoint=run.path), len(classes))
+    model = exports.as_model(student.to(device).eval())
+    drawn = [exports.draw(lambda x: model(x.to(device)), fields, image, 0, 1.0)[0] for image in images]
+    return [np.array(image) for image in drawn]
 
 
 def _picture(image: Image.Image, mask: Mask | None, alt: str) -> str:

@@ -1,19 +1,94 @@
 """Segmentation models by name: torchvision's heads on dilated classifiers, and SegFormer."""
 
-import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.errors import ConfigError, UnknownNameError
+from mdistiller.errors import CheckpointError, ConfigError, MissingPackageError, UnknownNameError
 from mdistiller.models import ModelConfig, load_weights
 from mdistiller.models.backbone import backbone_hint, create_backbone
 from mdistiller.models.weights import read_metadata
-from mdistiller.tasks.segmentation.segformer import SIZES, create_segformer
 from mdistiller.types import Line
+
+if TYPE_CHECKING:
+    from transformers import SegformerForSemanticSegmentation
+
+# Table 6 of SegFormer's paper: channels and blocks of the stages, channels of the head.
+_NARROW, _WIDE = (32, 64, 160, 256), (64, 128, 320, 512)
+SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
+    "b0": (_NARROW, (2, 2, 2, 2), 256),
+    "b1": (_WIDE, (2, 2, 2, 2), 256),
+    "b2": (_WIDE, (3, 4, 6, 3), 768),
+    "b3": (_WIDE, (3, 4, 18, 3), 768),
+    "b4": (_WIDE, (3, 8, 27, 3), 768),
+    "b5": (_WIDE, (3, 6, 40, 3), 768),
+}
+
+
+class SegFormer(nn.Module):
+    """SegFormer of transformers (Xie, Wang, Yu, Anandkumar, Alvarez, Luo: NeurIPS 2021).
+
+    Its call returns logits [B, C, H, W] at the images' size.
+    """
+
+    head_paths = ("model.decode_head",)
+
+    def __init__(self, model: "SegformerForSemanticSegmentation", trained: list[str] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.trained = trained  # classes of the weights by which it was built; none: of an encoder alone
+        self.tap_points = {f"stage{i}": f"model.segformer.stages.{i - 1}" for i in (1, 2, 3, 4)}
+        self.tap_points |= {"logits": "model.decode_head", "embedding": "model.decode_head.classifier:input"}
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = self.model(pixel_values=image).logits
+        return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
+
+
+def create_segformer(size: str, num_classes: int, *, weights: str | None = None) -> SegFormer:
+    """Builds a SegFormer of a size, `b0` to `b5`.
+
+    Args:
+        size: name of the size.
+        num_classes: number of classes.
+        weights: folder or name of a checkpoint of transformers, of an encoder or of a whole model; a
+            classifier of other classes is replaced. None: random weights.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+        CheckpointError: the checkpoint cannot be loaded, or belongs to another size.
+    """
+    try:
+        from transformers import SegformerConfig, SegformerForSemanticSegmentation
+    except ImportError as error:
+        raise MissingPackageError(f"model 'segformer_{size}'", "transformers", "transformers") from error
+    channels, depths, width = SIZES[size]
+    config = SegformerConfig(
+        hidden_sizes=list(channels),
+        depths=list(depths),
+        decoder_hidden_size=width,
+        num_labels=num_classes,  # type: ignore[call-arg]  # a field of the base class
+    )
+    if weights is None:
+        return SegFormer(SegformerForSemanticSegmentation(config))
+    try:
+        names = cast(dict[int, str], SegformerConfig.from_pretrained(weights).id2label)
+        load: Any = SegformerForSemanticSegmentation.from_pretrained
+        model, report = load(weights, config=config, ignore_mismatched_sizes=True, output_loading_info=True)
+        missing, wrong = report["missing_keys"], [key for key, *_ in report["mismatched_keys"]]
+        encoder = [key for key in missing if not key.startswith("decode_head.")]
+        if other := [*encoder, *(key for key in wrong if not key.startswith("decode_head.classifier."))]:
+            raise ValueError(f"it belongs to another size, or to another architecture: {min(other)}")
+    except (OSError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"weights: {weights!r} of 'segformer_{size}' cannot be loaded: {why}"
+        ) from error
+    return SegFormer(model, [] if missing else [names[i] for i in sorted(names)])
+
 
 LOGITS = "logits"
 """Tap of the logits at the resolution of the model's head, [B, C, h, w]."""
@@ -71,25 +146,16 @@ def check_segmenter(name: str) -> None:
         raise UnknownNameError("segmentation model", name, list_segmenters())
 
 
-def create_segmenter(
-    name: str,
-    num_classes: int,
-    *,
-    backbone_weights: str | Path | None = None,
-    aux: bool = False,
-    output_stride: int = 8,
-    **options: Any,
-) -> nn.Module:
+def create_segmenter(name: str, num_classes: int, **options: Any) -> nn.Module:
     """Builds a segmentation model.
 
     Args:
         name: `HEAD_BACKBONE`, such as `deeplabv3_resnet18`, `lraspp_mobilenet_v3_large`, `segformer_b0`.
         num_classes: number of classes, with a background class if there is one.
-        backbone_weights: weights of the backbone as a classifier, see `create_backbone`; SegFormer takes
-            `weights` instead, see `create_segformer`.
-        aux: add torchvision's auxiliary classifier (DeepLabV3 and FCN).
-        output_stride: pixels of the image for one of a ResNet's last map: 8, as in torchvision, 16 or 32.
-        options: further arguments of `create_segformer`; none for other models.
+        options: of SegFormer `weights`, see `create_segformer`. Of other models `backbone_weights`, weights
+            of the backbone as a classifier, see `create_backbone`; `aux`, true to add torchvision's auxiliary
+            classifier (DeepLabV3 and FCN); `output_stride`, pixels of the image for one of a ResNet's last
+            map: 8, as in torchvision, 16 or 32. None: the default.
 
     Raises:
         UnknownNameError: no such model or option.
@@ -99,23 +165,16 @@ def create_segmenter(
     check_segmenter(name)
     head, _, backbone = name.partition("_")
     takes = ["backbone_weights"] + ["aux"] * (head in ("deeplabv3", "fcn"))
-    takes += ["output_stride"] * (backbone in _RESNETS)
-    if head == "segformer":
-        takes = [
-            p for p in inspect.signature(create_segformer).parameters if p not in ("size", "num_classes")
-        ]
-    given = [*options, *["backbone_weights"] * (backbone_weights is not None)]
-    given += ["aux"] * bool(aux) + ["output_stride"] * (output_stride != 8)
-    for option in given:
+    takes = ["weights"] if head == "segformer" else takes + ["output_stride"] * (backbone in _RESNETS)
+    options = {option: value for option, value in options.items() if value is not None}
+    for option in options:
         if option not in takes:
             what = f"option of segmentation model {name!r}"
             raise UnknownNameError(what, option, takes, backbone_hint(option))
-    if output_stride not in STRIDES:
-        raise ConfigError(f"output_stride: got {output_stride!r}; allowed: {', '.join(map(str, STRIDES))}")
     if head == "segformer":
         return create_segformer(backbone, num_classes, **options)
     build = _resnet if backbone in _RESNETS else _mobilenet
-    model = build(head, backbone, num_classes, backbone_weights, aux, output_stride)
+    model = build(head, backbone, num_classes, **options)
     for module in model.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]  # a tap must keep its value
@@ -146,11 +205,18 @@ def resolve_options(config: ModelConfig, *, trained: bool) -> Line:
 
 
 def _resnet(
-    head: str, name: str, num_classes: int, weights: str | Path | None, aux: bool, output_stride: int
+    head: str,
+    name: str,
+    num_classes: int,
+    backbone_weights: str | Path | None = None,
+    aux: bool = False,
+    output_stride: int = 8,
 ) -> Segmenter:
     from torchvision.models._utils import IntermediateLayerGetter
 
-    classifier = create_backbone(name, weights)
+    if output_stride not in STRIDES:
+        raise ConfigError(f"output_stride: got {output_stride!r}; allowed: {', '.join(map(str, STRIDES))}")
+    classifier = create_backbone(name, backbone_weights)
     for layer, previous, dilation in {8: ((3, 1, 2), (4, 2, 4)), 16: ((4, 1, 2),), 32: ()}[output_stride]:
         _dilate(classifier.get_submodule(f"layer{layer}"), previous, dilation)
     width: int = classifier.fc.in_features  # type: ignore[union-attr, assignment]
@@ -169,12 +235,12 @@ def _dilate(layer: nn.Module, previous: int, dilation: int) -> None:
 
 
 def _mobilenet(
-    head: str, name: str, num_classes: int, weights: str | Path | None, aux: bool, output_stride: int
+    head: str, name: str, num_classes: int, backbone_weights: str | Path | None = None, aux: bool = False
 ) -> Segmenter:
     from torchvision.models._utils import IntermediateLayerGetter
     from torchvision.models.mobilenetv3 import InvertedResidual
 
-    features = create_backbone(name, weights, dilated=True).get_submodule("features")
+    features = create_backbone(name, backbone_weights, dilated=True).get_submodule("features")
     blocks: list[InvertedResidual] = list(features.children())
     # As in torchvision: the first block of each resolution, and the last one.
     starts = [i for i, block in enumerate(blocks) if getattr(block, "_is_cn", False)]

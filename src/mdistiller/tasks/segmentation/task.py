@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.config import SELF
-from mdistiller.data.loader import Order
 from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
 from mdistiller.methods import Method
 from mdistiller.models import ModelConfig
 from mdistiller.models.backbone import is_backbone
 from mdistiller.models.external import InputConfig, tap_points
+from mdistiller.models.own_input import with_own_input
 from mdistiller.models.weights import read_metadata
 from mdistiller.tasks.classification.models import build_backbone
 from mdistiller.tasks.segmentation.config import SegmentationConfig
@@ -22,9 +22,9 @@ from mdistiller.tasks.segmentation.deployment import SegmenterDeployment
 from mdistiller.tasks.segmentation.loader import SegmentationLoader
 from mdistiller.tasks.segmentation.methods import build_method
 from mdistiller.tasks.segmentation.pixels import PixelLoss
-from mdistiller.tasks.segmentation.segformer import SegFormer
 from mdistiller.tasks.segmentation.segmenter import (
     AUX,
+    SegFormer,
     Segmenter,
     build_segmenter,
     check_segmenter,
@@ -34,7 +34,7 @@ from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.dense import DenseSplits, DenseTask, check_classes
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import memory_format, torch_dtype
+from mdistiller.training.precision import torch_dtype
 from mdistiller.training.task import try_single_image
 from mdistiller.types import IGNORED, Batch, DataInfo, Line
 
@@ -92,19 +92,9 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
         if isinstance(model, SegFormer) and model.trained is not None:
             _check_weights(model.trained, data.train.classes)
         trained = {} if teacher.checkpoint is None else read_metadata(teacher.checkpoint)
-        where = f"teacher.checkpoint: {teacher.checkpoint}"
         check_classes(where, trained.get("classes"), data.train.classes, f": {advice}")
-        images = [list(getattr(config.data, name)) for name in ("mean", "std")]
-        own = [list(trained.get(name, value)) for name, value in zip(("mean", "std"), images, strict=True)]
-        if own != images:
-            flags = " ".join(
-                f"--data.{n} {' '.join(map(str, v))}" for n, v in zip(("mean", "std"), own, strict=True)
-            )
-            raise ConfigError(
-                f"{where} was trained on images of mean {own[0]} and "
-                f"standard deviation {own[1]}; the data has {images[0]} and {images[1]}: give {flags}"
-            )
-        return model
+        mean, std = (tuple(trained.get(name, getattr(config.data, name))) for name in ("mean", "std"))
+        return with_own_input(model, InputConfig(config.data.mean, config.data.std), InputConfig(mean, std))
 
     def head(self, student: nn.Module) -> tuple[str, ...]:
         assert isinstance(student, Segmenter | SegFormer)
@@ -139,17 +129,9 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
     def make_batches(
         self, config: SegmentationConfig, data: SegmentationSplits, world: World
     ) -> BatchSource[Batch]:
-        layout = memory_format(config.layout)
-        order = Order(device=world.device, seed=config.seed, rank=world.rank, world_size=world.size)
-        order["drop_last"] = config.drop_last
-        loader = SegmentationLoader(
-            *(data.train, config.batch_size // world.size, config.augment, config.data.mean, config.data.std),
-            training=True,
-            layout=layout,
-            workers=config.data.workers,
-            **order,
-        )
-        return BatchSource(loader, world, precision=torch_dtype(config.precision), memory_format=layout)
+        loader = SegmentationLoader(data.train, config, world, training=True)
+        precision = torch_dtype(config.precision)
+        return BatchSource(loader, world, precision=precision, memory_format=loader.layout)
 
     def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         known = (batch.label != IGNORED).sum().clamp(min=1)
