@@ -36,19 +36,19 @@ def labels_by_hand(images, targets):
     return [{"class_labels": torch.tensor([0, 2]), "boxes": torch.tensor(np.stack(boxes, 1))}, none]
 
 
-def squares_of(images):
+def squares_of(model, images):
     scaled = [
         torch.nn.functional.interpolate(i[None], (SIDE, SIDE), mode="bilinear", antialias=True)
         for i in images
     ]
-    return torch.cat(scaled)
+    return (torch.cat(scaled) - model.mean) / model.std
 
 
 @KINDS
 def test_losses_are_those_of_transformers(kind):
     model, (images, targets) = tiny_set(kind).train(), batch()
     torch.manual_seed(5)  # of dropout, and of the noise of the denoising queries
-    squares = squares_of(images)
+    squares = squares_of(model, images)
     want = model.detr(squares, labels=labels_by_hand(images, targets))
     torch.manual_seed(5)
     got = model(images, targets)
@@ -65,7 +65,7 @@ def test_losses_are_those_of_transformers(kind):
 def test_boxes_are_those_of_transformers(kind):
     model, (images, _) = spread(tiny_set(kind)).eval(), batch()
     with torch.no_grad():
-        found, out = model(images), model.detr(squares_of(images))
+        found, out = model(images), model.detr(squares_of(model, images))
     sizes = [image.shape[1:] for image in images]
     processor = transformers.RTDetrImageProcessor()
     wanted = processor.post_process_object_detection(out, threshold=0.0, target_sizes=sizes)
@@ -220,8 +220,9 @@ def save(model, folder, names=("blue", "red", "green"), processor=True, **change
     found = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(found | changes))
     if processor:
-        own = {"do_normalize": False, "size": {"height": SIDE, "width": SIDE}}
-        (folder / "preprocessor_config.json").write_text(json.dumps(own))
+        own = {"do_normalize": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+        size = {"height": SIDE, "width": SIDE}
+        (folder / "preprocessor_config.json").write_text(json.dumps(own | {"size": size}))
     return str(folder)
 
 
@@ -234,10 +235,10 @@ def test_classes_of_a_folder_are_found_by_their_names(kind, squares, tmp_path):
     data = load_detection(DetectionDataConfig(root=squares))
     config = ModelConfig(name=f"transformers/{kind}", options={"weights": folder})
     new = build_for_data(config, data, new=False).eval()
-    assert new.size == SIDE
+    assert (new.size, new.mean.flatten().tolist()) == (SIDE, pytest.approx([0.1, 0.2, 0.3]))
     images, _ = batch()
     with torch.no_grad():
-        out, want = (m.detr(squares_of(images)) for m in (new, old))
+        out, want = (m.detr(squares_of(new, images)) for m in (new, old))
     torch.testing.assert_close(out.pred_boxes, want.pred_boxes)
     torch.testing.assert_close(out.logits[..., :3], want.logits[..., [1, 2, 0]])
     torch.testing.assert_close(out.logits[..., 3:], want.logits[..., 3:])
@@ -300,7 +301,7 @@ def test_damaged_and_incomplete_folders(tmp_path):
         ConfigError, match=r"preprocessor_config.json gives no size of squares: give it as an option"
     ):
         build()
-    build(size=64)
+    build(size=64, mean=[0.0] * 3, std=[1.0] * 3)
     with pytest.raises(ConfigError, match="holds a 'd_fine'; you asked for 'transformers/rt_detr'"):
         build("rt_detr")
     folder = save(tiny_set("d_fine", classes=7), tmp_path / "folder", names=tuple("abcdef"))
@@ -313,18 +314,18 @@ def test_damaged_and_incomplete_folders(tmp_path):
     for change, message in (
         ({"size": {"height": 64, "width": 32}}, "no size of squares"),
         ({"do_rescale": False}, "do_rescale"),
-        ({"do_normalize": True}, "do_normalize: got true; allowed: images in"),
     ):
         processor.write_text(json.dumps(own | change))
         with pytest.raises(ConfigError, match=message):
             build()
     processor.unlink()
+    stated = {"size": 64, "mean": [0.0] * 3, "std": [1.0] * 3}
     (tmp_path / "folder" / "model.safetensors").rename(tmp_path / "folder" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="no weights in the format safetensors"):
-        build(size=64)
+        build(**stated)
     (tmp_path / "folder" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config.json cannot be read: JSONDecodeError"):
-        build(size=64)
+        build(**stated)
 
 
 def test_the_options_of_a_trained_detector_need_no_folder(tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mdistiller.errors import CheckpointError, ConfigError, MissingPackageError, UnknownNameError, one_line
 from mdistiller.models.backbone import backbone_hint
+from mdistiller.models.own_input import find_input
 from mdistiller.tasks.detection.adapter import DetectorAdapter, DetectorPass, Level, Targets
 from mdistiller.types import Line
 
@@ -30,6 +31,7 @@ PREFIX = "transformers/"
 CLASSES = {"d_fine": "DFine", "rt_detr": "RTDetr", "rt_detr_v2": "RTDetrV2"}
 """Names of detectors, which are transformers' model types, and of their classes there."""
 FOLDERS = ("weights", "config")
+IMAGES = ("size", "mean", "std")
 _BACKBONES = ("hgnet_v2", "resnet", "rt_detr_resnet")
 _PER_CLASS = re.compile(r"(.*\.)?(class_embed\.\d+|enc_score_head|denoising_class_embed)\.\w+")
 _COORDINATES = re.compile(r".*(bbox_embed\.\d+|enc_bbox_head|pre_bbox_head)")
@@ -60,7 +62,8 @@ def resolve(kind: str, options: Line) -> Line:
     Args:
         kind: the model type.
         options: a folder, as `weights` or, for random ones, `config`; `size`, the side in pixels of the
-            square to which images are scaled; fields of transformers' config. These precede the folder's.
+            square to which images are scaled; their `mean` and `std`; fields of transformers' config. These
+            precede the folder's.
 
     Raises:
         ConfigError: a wrong or missing value; UnknownNameError: an unknown option.
@@ -72,19 +75,20 @@ def resolve(kind: str, options: Line) -> Line:
         raise ConfigError(f"detector '{PREFIX}{kind}': got weights and config; allowed: one of them")
     known = _fields(load_class(kind, "Config"))
     for name in given:
-        if name not in ("size", *known):
-            allowed = [*FOLDERS, "size", *known]
+        if name not in (*known, *IMAGES):
+            allowed = [*FOLDERS, *IMAGES, *known]
             what = f"option of detector '{PREFIX}{kind}'"
             raise UnknownNameError(what, name, allowed, backbone_hint(name))
     base = _read_folder(kind, next(iter(folders.values())), known) if folders else {}
     if "weights" not in folders:
-        base = {"size": 640, **base}
+        base = {"size": 640, "mean": [0.0] * 3, "std": [1.0] * 3, **base}
         base["freeze_backbone_batch_norms"] = False  # frozen, random ones would never be trained
     if isinstance(base.get("backbone_config"), dict) and isinstance(given.get("backbone_config"), dict):
         given["backbone_config"] = base["backbone_config"] | given["backbone_config"]
-    if "size" not in base | given:
-        where = f"{folders['weights']}/preprocessor_config.json"
-        raise ConfigError(f"{where} gives no size of squares: give it as an option")
+    for name in IMAGES:
+        if name not in base | given:
+            where = f"{folders['weights']}/preprocessor_config.json"
+            raise ConfigError(f"{where} gives no {name} of squares: give it as an option")
     return base | given
 
 
@@ -107,7 +111,7 @@ def _read(file: Path) -> Line:
 
 
 def _read_folder(kind: str, folder: Path, known: list[str]) -> Line:
-    """Returns the fields of a folder's architecture, and the size of its images."""
+    """Returns the fields of a folder's architecture, and size and normalization of its images."""
     whole, file = _read(folder / "config.json"), folder / "preprocessor_config.json"
     if whole.get("model_type") != kind:
         raise ConfigError(f"{folder} holds a {whole.get('model_type')!r}; you asked for '{PREFIX}{kind}'")
@@ -117,12 +121,13 @@ def _read_folder(kind: str, folder: Path, known: list[str]) -> Line:
     images = _read(file)
     if not images.get("do_rescale", True) or abs(images.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
         raise ConfigError(f"{file}: do_rescale: the images are not scaled to [0, 1]")
-    if images.get("do_normalize"):
-        raise ConfigError(f"{file}: do_normalize: got true; allowed: images in [0, 1] as they are")
-    match images.get("size"):
+    match images.pop("size", None):
         case {"height": int(side), "width": int(width)} if side == width:
             found["size"] = side
-    return found
+    if not images.get("do_normalize", True):
+        images |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    normal = find_input(images, str(file))
+    return found | {n: x for n, x in (("mean", normal.mean), ("std", normal.std)) if x is not None}
 
 
 def build_config(kind: str, num_labels: int, values: Line) -> "PreTrainedConfig":
@@ -131,7 +136,7 @@ def build_config(kind: str, num_labels: int, values: Line) -> "PreTrainedConfig"
     Raises:
         ConfigError: a wrong value, or another backbone than those that are known.
     """
-    own = {name: value for name, value in values.items() if name != "size"}
+    own = {name: value for name, value in values.items() if name not in IMAGES}
     try:
         own["backbone_config"] = backbone = _backbone(kind, own.get("backbone_config") or {})
         # As many levels as the backbone has.
@@ -185,15 +190,18 @@ class Detr(nn.Module):
 
     Args:
         detr: the model.
-        size: side of the square in pixels to which images are scaled, in training too.
+        images: `size`, the side of the square in pixels to which images are scaled, in training too; their
+            `mean` and `std`.
     """
 
     detr: Any
+    mean: Tensor
+    std: Tensor
 
-    def __init__(self, detr: Any, size: int) -> None:
+    def __init__(self, detr: Any, images: Line) -> None:
         super().__init__()
         self.detr, config = detr, detr.config
-        self.size = size
+        self.size: int = images["size"]
         what = f"detector '{PREFIX}{config.model_type}'"
         if self.size < 32 or self.size % 32:
             raise ConfigError(f"{what}: size: got {self.size}; allowed: multiples of 32")
@@ -201,6 +209,8 @@ class Detr(nn.Module):
         if config.num_queries > places:
             limit = f"allowed with a size of {self.size}: at most {places}"
             raise ConfigError(f"{what}: num_queries: got {config.num_queries}; {limit}")
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(images[name]).view(3, 1, 1), persistent=False)
         self.detector_adapter = DetrAdapter
 
     @property
@@ -258,7 +268,7 @@ class DetrAdapter(DetectorAdapter):
 
         size = (self.model.size, self.model.size)
         squares = torch.stack([self._scaled(image, size) for image in images])
-        return ImageList(squares, [size] * len(images))
+        return ImageList((squares - self.model.mean) / self.model.std, [size] * len(images))
 
     def _scaled(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         if torch.onnx.is_in_onnx_export():  # ONNX has no such operator
@@ -368,7 +378,7 @@ def create_detr(kind: str, num_classes: int, **options: Any) -> Detr:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):  # RT-DETR's start near 0, of which little is learned
                 nn.init.ones_(module.weight)
-        return Detr(model, values["size"])
+        return Detr(model, values)
     folder = Path(options["weights"])
     model, report = model_class.from_pretrained(
         None,
@@ -381,7 +391,7 @@ def create_detr(kind: str, num_classes: int, **options: Any) -> Detr:
     if wrong := [name for kind in report.values() for name in kind]:
         what = "belongs to another architecture than its config, or to other classes"
         raise CheckpointError(f"{folder} {what}: {wrong[0]}")
-    return Detr(model, values["size"])
+    return Detr(model, values)
 
 
 def _corners(boxes: Tensor, height: Any, width: Any) -> Tensor:
