@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from tiny_detectors import batch, fcos, two_stage, write_set
-from tiny_sets import tiny_set
+from tiny_sets import LEVELS, tiny_set
 from torch import nn
 
 import mdistiller
@@ -77,10 +77,10 @@ def test_the_teachers_patches_are_where_the_students_cells_are():
         torch.testing.assert_close(image[:, *inner], expected[:, *inner], atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["fcos", "rcnn", "d_fine"])
+@pytest.mark.parametrize("kind", ["fcos", "rcnn", "d_fine", "yolos"])
 def test_the_loss_trains_the_students_backbone(kind):
     student = {"fcos": fcos, "rcnn": two_stage}[kind]() if kind in ("fcos", "rcnn") else tiny_set(kind)
-    level = {"fcos": "1", "rcnn": "1"}.get(kind) or "stride16"
+    level = {"fcos": "1", "rcnn": "1"}.get(kind) or next(n for n, s in LEVELS[kind].items() if s == 16)
     teacher = vit()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     distiller = DetectionDistiller(student, teacher, "tokens", teacher_input=OWN).train()

@@ -156,13 +156,22 @@ def test_places_of_the_bins_are_those_of_the_boxes():
     assert not model.detr.model.decoder.training
 
 
+@pytest.mark.parametrize("kind", ["detr", "yolos"])
+def test_log_odds_of_a_softmax(kind):
+    adapter = adapter_of(spread(tiny_set(kind)).eval())
+    with torch.no_grad():
+        prepared = adapter.prepare(batch()[0])
+        logits, out = adapter.features(prepared)["queries.logits"], adapter.run(prepared)
+    torch.testing.assert_close(logits[:, 0].sigmoid(), out.logits.softmax(2)[..., :-1], rtol=1e-4, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("student", "teacher"),
-    [("d_fine", "d_fine"), ("rt_detr", "d_fine"), ("d_fine", "rt_detr_v2")],
+    [("d_fine", "d_fine"), ("rt_detr", "d_fine"), ("detr", "rt_detr_v2"), ("d_fine", "yolos")],
 )
 def test_pairs_of_detectors(student, teacher):
-    pair = tiny_set(student), tiny_set(teacher, 1, num_queries=30)
-    distiller = DetectionDistiller(*pair, "detrdistill").train()
+    options = {"num_queries": 30} if teacher != "yolos" else {}
+    distiller = DetectionDistiller(tiny_set(student), tiny_set(teacher, 1, **options), "detrdistill").train()
     out = distiller(*batch())
     assert {"detrdistill", "detrdistill_boxes"} <= out.losses.keys()
     out.loss.backward()
@@ -180,7 +189,7 @@ def test_ld_takes_d_fine_alone():
     out.loss.backward()
     pairs = (
         (tiny_set("rt_detr"), tiny_set("d_fine"), "student"),
-        (tiny_set("d_fine"), tiny_set("rt_detr"), "teacher"),
+        (tiny_set("d_fine"), tiny_set("detr"), "teacher"),
     )
     for mine, his, whose in pairs:
         with pytest.raises(
@@ -190,4 +199,4 @@ def test_ld_takes_d_fine_alone():
     with pytest.raises(
         ConfigError, match=r"'queries.logits', which the student lacks; allowed: detectors that predict a set"
     ):
-        DetectionDistiller(two_stage(), tiny_set("rt_detr"), "detrdistill")
+        DetectionDistiller(two_stage(), tiny_set("detr"), "detrdistill")

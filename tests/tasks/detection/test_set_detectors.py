@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_detectors import batch, two_stage
-from tiny_sets import LEVELS, SIDE, TINY, spread, tiny_set
+from tiny_sets import LEVELS, SIDE, SQUARE, TINY, spread, tiny_set
 
 from mdistiller.errors import CheckpointError, ConfigError, MissingPackageError, UnknownNameError
 from mdistiller.models import ModelConfig
@@ -18,7 +18,7 @@ from mdistiller.tasks.detection.adapter import float32_coordinates
 from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
-from mdistiller.tasks.detection.detr import resolve
+from mdistiller.tasks.detection.detr_config import resolve
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 from mdistiller.tasks.detection.layouts import load_detection
 from mdistiller.tasks.detection.weights import build_for_data
@@ -53,7 +53,8 @@ def test_losses_are_those_of_transformers(kind):
     torch.manual_seed(5)
     got = model(images, targets)
     torch.testing.assert_close(sum(got.values()), want.loss)
-    own = {"vfl", "bbox", "giou"} | ({"fgl", "ddf"} if kind == "d_fine" else set())
+    kinds = {"d_fine": {"vfl", "bbox", "giou", "fgl", "ddf"}, "detr": {"ce", "bbox", "giou"}}
+    own = kinds.get(kind, kinds["detr"] if kind == "yolos" else {"vfl", "bbox", "giou"})
     assert set(got) == {f"loss_{name}" for name in own}
     # Without an object the losses have the same names, but for those of the sides of boxes.
     without = model(images[1:] * 2, targets[1:] * 2)
@@ -64,11 +65,11 @@ def test_losses_are_those_of_transformers(kind):
 @KINDS
 def test_boxes_are_those_of_transformers(kind):
     model, (images, _) = spread(tiny_set(kind)).eval(), batch()
+    processor = transformers.RTDetrImageProcessor if kind in SQUARE else transformers.DetrImageProcessor
     with torch.no_grad():
         found, out = model(images), model.detr(squares_of(model, images))
     sizes = [image.shape[1:] for image in images]
-    processor = transformers.RTDetrImageProcessor()
-    wanted = processor.post_process_object_detection(out, threshold=0.0, target_sizes=sizes)
+    wanted = processor().post_process_object_detection(out, threshold=0.0, target_sizes=sizes)
     for ours, theirs in zip(found, wanted, strict=True):
         assert len(ours["scores"]) == 20
         assert torch.equal(ours["labels"], theirs["labels"] + 1)
@@ -81,29 +82,43 @@ def test_boxes_are_those_of_transformers(kind):
 def test_levels_are_maps_of_the_encoder(kind):
     model, (images, targets) = tiny_set(kind).eval(), batch()
     adapter = adapter_of(model)
-    assert {name: level.stride for name, level in adapter.levels.items()} == LEVELS
+    assert {name: level.stride for name, level in adapter.levels.items()} == LEVELS[kind]
     with torch.no_grad():
         prepared = adapter.prepare(images)
         features = adapter.features(prepared)
         levels = {name: features[name] for name in adapter.levels}
         out = model.detr(prepared.tensors)
     for (name, x), own in zip(levels.items(), adapter.levels.values(), strict=True):
-        assert list(x.shape) == [2, own.channels, SIDE // LEVELS[name], SIDE // LEVELS[name]]
-    torch.testing.assert_close(list(levels.values()), list(out.encoder_last_hidden_state))
+        assert list(x.shape) == [2, own.channels, SIDE // LEVELS[kind][name], SIDE // LEVELS[kind][name]]
+    first = next(iter(levels.values()))
+    if kind in SQUARE:
+        torch.testing.assert_close(list(levels.values()), list(out.encoder_last_hidden_state))
+    elif kind == "detr":  # row after row
+        torch.testing.assert_close(first[:, :, 1, 0], out.encoder_last_hidden_state[:, 2])
+    else:  # after the class token
+        torch.testing.assert_close(first[:, :, 1, 0], out.last_hidden_state[:, 1 + 4])
     seen = adapter.train(images, targets)[1] if model.train() else None
     # In pixels of the square: the first image is 80 wide and 64 high.
     assert seen.objects[0].numpy() == pytest.approx(np.array([[6.4, 8, 32, 40], [24, 20, 59.2, 60]]))
-    assert seen.anchors[1][1].tolist() == [12 - 16, 4 - 16, 12 + 16, 4 + 16]
+    stride = next(iter(LEVELS[kind].values()))
+    first, second = (stride * (i + 0.5) for i in (0, 1))
+    assert seen.anchors[1][1].tolist() == [
+        second - 2 * stride,
+        first - 2 * stride,
+        second + 2 * stride,
+        first + 2 * stride,
+    ]
 
 
-def test_images_are_those_of_transformers_processor():
+@pytest.mark.parametrize("kind", ["rt_detr", "detr"])
+def test_images_are_those_of_transformers_processor(kind):
     sizes = (97, 64), (50, 91)
     whole = [np.random.default_rng(i).integers(0, 256, (*s, 3), np.uint8) for i, s in enumerate(sizes)]
-    processor = transformers.RTDetrImageProcessor
+    processor = transformers.RTDetrImageProcessor if kind == "rt_detr" else transformers.DetrImageProcessor
     size = {"height": SIDE, "width": SIDE}
     want = processor(size=size, do_pad=False)(images=whole, return_tensors="pt")["pixel_values"]
     images = [torch.from_numpy(image).permute(2, 0, 1) / 255 for image in whole]
-    got = adapter_of(tiny_set("rt_detr")).prepare(images)
+    got = adapter_of(tiny_set(kind)).prepare(images)
     assert (got.tensors - want).abs().max() < 1.1 / 255 / 0.22  # theirs are rounded
     assert got.image_sizes == [(SIDE, SIDE)] * 2
 
@@ -125,7 +140,7 @@ def test_the_graph_finds_the_boxes_of_the_detector(kind, tmp_path):
         assert difference < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["d_fine", "rt_detr"])
+@pytest.mark.parametrize("kind", ["d_fine", "detr"])
 def test_coordinates_stay_in_float32_under_autocast(kind):
     model, (images, _) = spread(tiny_set(kind)).eval(), batch()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), float32_coordinates(model):
@@ -138,7 +153,7 @@ def test_coordinates_stay_in_float32_under_autocast(kind):
 @pytest.mark.parametrize("method", ["fitnet", "cwd", "fgd", "mgd", "pkd", "fgfi", "reviewkd"])
 def test_it_learns_from_its_like_by_levels(kind, method):
     distiller = DetectionDistiller(tiny_set(kind), tiny_set(kind, 1), method).train()
-    assert distiller.asked.taps == {name: name for name in LEVELS}
+    assert distiller.asked.taps == {name: name for name in LEVELS[kind]}
     out = distiller(*batch())
     assert sum(value for name, value in out.losses.items() if name.startswith(method)) > 0
     out.loss.backward()
@@ -156,15 +171,15 @@ def test_it_teaches_and_learns_from_torchvisions():
         distiller = DetectionDistiller(tiny_set("d_fine"), teacher, "pkd").train()
     assert 0 < distiller(*batch()).losses["pkd"] < 2
     distiller = DetectionDistiller(two_stage(), tiny_set("d_fine"), "pkd+fgfi").train()
-    assert distiller.asked.taps == dict(zip(LEVELS, ("0", "1", "pool"), strict=True))
+    assert distiller.asked.taps == dict(zip(LEVELS["d_fine"], ("0", "1", "pool"), strict=True))
     assert distiller(*batch()).losses["pkd"] > 0
 
 
 @pytest.mark.parametrize("method", ["kd", "bckd", "crosskd", "dkd+pkd"])
 def test_methods_that_compare_logits_by_rows_are_refused(method):
     for pair, whose in (
-        ((tiny_set("rt_detr"), two_stage()), "student"),
-        ((two_stage(), tiny_set("rt_detr")), "teacher"),
+        ((tiny_set("detr"), two_stage()), "student"),
+        ((two_stage(), tiny_set("detr")), "teacher"),
     ):
         with pytest.raises(ConfigError, match=rf"those of the {whose} have no rows in common"):
             DetectionDistiller(*pair, method)
@@ -176,7 +191,7 @@ def test_methods_that_compare_logits_by_rows_are_refused(method):
         ("d_fine", {"width": 3}, "unknown option of detector 'transformers/d_fine' 'width'"),
         ("d_fine", {"short_side": 64}, "unknown option of detector"),
         (
-            "rt_detr",
+            "detr",
             {"backbone_weights": "runs/backbone"},
             "ResNet or MobileNet start from a backbone, such as fcos_resnet18",
         ),
@@ -200,8 +215,8 @@ def test_wrong_options(kind, options, message):
 
 def test_an_old_transformers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.57.1"))
-    with pytest.raises(MissingPackageError, match=r"'transformers/d_fine' needs transformers 5: pip install"):
-        models.create_detector("transformers/d_fine", 4)
+    with pytest.raises(MissingPackageError, match=r"'transformers/detr' needs transformers 5: pip install"):
+        models.create_detector("transformers/detr", 4)
 
 
 @pytest.fixture
@@ -287,8 +302,19 @@ def test_a_folder_runs_no_code_and_fetches_nothing(tmp_path):
     for backbone in ("hf-hub:someone/model", "local-dir:/tmp", "someone/model"):
         wrong = {"model_type": "timm_backbone", "backbone": backbone}
         folder = save(tiny_set("d_fine"), tmp_path / "folder", backbone_config=wrong)
-        with pytest.raises(ConfigError, match="model_type: got 'timm_backbone'; allowed: hgnet_v2"):
+        with pytest.raises(UnknownNameError, match="unknown timm model"):
             models.create_detector("transformers/d_fine", 4, config=folder)
+    # As facebook/detr-resnet-50 has it: timm's network, whose weights are the folder's.
+    pytest.importorskip("timm")
+    legacy = {
+        "backbone_config": None,
+        "backbone": "resnet18",
+        "use_timm_backbone": True,
+        "use_pretrained_backbone": True,
+    }
+    folder = save(tiny_set("detr"), tmp_path / "detr", **legacy)
+    made = models.create_detector("transformers/detr", 4, config=folder)
+    assert made.detr.config.backbone_config.backbone == "resnet18"
 
 
 @pytest.mark.usefixtures("_no_network")
@@ -329,9 +355,9 @@ def test_damaged_and_incomplete_folders(tmp_path):
 
 
 def test_the_options_of_a_trained_detector_need_no_folder(tmp_path):
-    folder = save(tiny_set("rt_detr"), tmp_path / "folder")
-    found = resolve("rt_detr", {"weights": folder, "num_queries": 7})
+    folder = save(tiny_set("detr"), tmp_path / "folder")
+    found = resolve("detr", {"weights": folder, "num_queries": 7})
     assert (found["num_queries"], found["size"], found["d_model"]) == (7, SIDE, 16)
     assert not {"weights", "id2label"} & found.keys()
-    assert resolve("rt_detr", json.loads(json.dumps(found))) == json.loads(json.dumps(found))
+    assert resolve("detr", json.loads(json.dumps(found))) == json.loads(json.dumps(found))
     assert resolve("rt_detr", {})["size"] == 640

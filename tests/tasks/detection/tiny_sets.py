@@ -30,8 +30,29 @@ TINY = {
     "d_fine": _RT | {"backbone_config": _HGNET},
     "rt_detr": _RT | {"backbone_config": _RESNET},
     "rt_detr_v2": _RT | {"backbone_config": _RESNET},
+    "detr": {
+        "size": SIDE,
+        "d_model": 16,
+        **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+        "num_queries": 20,
+        "auxiliary_loss": True,
+        "backbone_config": _RESNET,
+    },
+    "yolos": {
+        "size": SIDE,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": [SIDE, SIDE],
+        "num_detection_tokens": 20,
+    },
 }
-LEVELS = {"stride8": 8, "stride16": 16, "stride32": 32}
+SQUARE = ("d_fine", "rt_detr", "rt_detr_v2")
+LEVELS = {kind: {"stride8": 8, "stride16": 16, "stride32": 32} for kind in SQUARE}
+LEVELS |= {"detr": {"stride32": 32}, "yolos": {"stride16": 16}}
 
 
 def tiny_set(kind, seed=0, classes=4, **options):

@@ -1,15 +1,8 @@
-"""Detectors of transformers that predict a set of boxes: D-FINE, RT-DETR and RT-DETRv2.
-
-They are built from options and from folders, which are read as data only: JSON and safetensors. Of a config
-only the fields of the architecture are taken, and its backbone is one of `_BACKBONES` with random weights:
-nothing in a folder runs code or fetches a file.
-"""
+"""Detectors of transformers that predict a set of boxes: D-FINE, RT-DETR, RT-DETRv2, DETR and YOLOS."""
 
 import copy
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,172 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.errors import CheckpointError, ConfigError, MissingPackageError, UnknownNameError, one_line
-from mdistiller.models.backbone import backbone_hint
-from mdistiller.models.own_input import find_input
-from mdistiller.tasks.detection.adapter import DetectorAdapter, DetectorPass, Level, Targets
+from mdistiller.errors import CheckpointError, ConfigError, one_line
+from mdistiller.tasks.detection.adapter import DetectorAdapter, DetectorPass, Level, Targets, recorded
+from mdistiller.tasks.detection.detr_config import (
+    MULTISCALE,
+    PREFIX,
+    build_config,
+    load_class,
+    read_state,
+    resolve,
+)
 from mdistiller.types import Line
 
 if TYPE_CHECKING:
     from torchvision.models.detection.image_list import ImageList
-    from transformers import PreTrainedConfig
 
-PREFIX = "transformers/"
-CLASSES = {"d_fine": "DFine", "rt_detr": "RTDetr", "rt_detr_v2": "RTDetrV2"}
-"""Names of detectors, which are transformers' model types, and of their classes there."""
-FOLDERS = ("weights", "config")
-IMAGES = ("size", "mean", "std")
-_BACKBONES = ("hgnet_v2", "resnet", "rt_detr_resnet")
-_PER_CLASS = re.compile(r"(.*\.)?(class_embed\.\d+|enc_score_head|denoising_class_embed)\.\w+")
-_COORDINATES = re.compile(r".*(bbox_embed\.\d+|enc_bbox_head|pre_bbox_head)")
+_PER_CLASS = re.compile(
+    r"(.*\.)?(class_embed\.\d+|enc_score_head|denoising_class_embed|class_labels_classifier(\.layers\.2)?)\.\w+"
+)
+_COORDINATES = re.compile(r".*(bbox_embed\.\d+|enc_bbox_head|pre_bbox_head|bbox_predictor)")
 QUERIES = ("queries.logits", "queries.boxes", "queries.sides", "queries.places")
-
-
-def kind_of(name: str) -> str | None:
-    """Returns the model type in a detector's name; None for a detector that is not transformers'."""
-    return name.removeprefix(PREFIX) if name.startswith(PREFIX) else None
-
-
-def load_class(kind: str, suffix: str) -> Any:
-    """Returns a class of transformers; raises MissingPackageError without the package, or in an old one."""
-    try:
-        import transformers
-
-        if int(transformers.__version__.partition(".")[0]) < 5:  # its configs have no fields
-            raise ImportError(transformers.__version__)
-        return getattr(transformers, CLASSES[kind] + suffix)
-    except (ImportError, AttributeError) as error:
-        what = f"detector '{PREFIX}{kind}'"
-        raise MissingPackageError(what, "transformers 5", "transformers") from error
-
-
-def resolve(kind: str, options: Line) -> Line:
-    """Returns all options of a detector, without a folder among them, for building it again.
-
-    Args:
-        kind: the model type.
-        options: a folder, as `weights` or, for random ones, `config`; `size`, the side in pixels of the
-            square to which images are scaled; their `mean` and `std`; fields of transformers' config. These
-            precede the folder's.
-
-    Raises:
-        ConfigError: a wrong or missing value; UnknownNameError: an unknown option.
-        CheckpointError: a folder's file that is missing or damaged.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    folders = {name: Path(given.pop(name)) for name in FOLDERS if name in given}
-    if len(folders) > 1:
-        raise ConfigError(f"detector '{PREFIX}{kind}': got weights and config; allowed: one of them")
-    known = _fields(load_class(kind, "Config"))
-    for name in given:
-        if name not in (*known, *IMAGES):
-            allowed = [*FOLDERS, *IMAGES, *known]
-            what = f"option of detector '{PREFIX}{kind}'"
-            raise UnknownNameError(what, name, allowed, backbone_hint(name))
-    base = _read_folder(kind, next(iter(folders.values())), known) if folders else {}
-    if "weights" not in folders:
-        base = {"size": 640, "mean": [0.0] * 3, "std": [1.0] * 3, **base}
-        base["freeze_backbone_batch_norms"] = False  # frozen, random ones would never be trained
-    if isinstance(base.get("backbone_config"), dict) and isinstance(given.get("backbone_config"), dict):
-        given["backbone_config"] = base["backbone_config"] | given["backbone_config"]
-    for name in IMAGES:
-        if name not in base | given:
-            where = f"{folders['weights']}/preprocessor_config.json"
-            raise ConfigError(f"{where} gives no {name} of squares: give it as an option")
-    return base | given
-
-
-def _fields(config_class: type) -> list[str]:
-    """Lists the fields of an architecture, without those of every config."""
-    from transformers import PreTrainedConfig
-
-    base = {field.name for field in fields(PreTrainedConfig)}
-    return [f.name for f in fields(config_class) if f.name not in base and not f.name.startswith("_")]
-
-
-def _read(file: Path) -> Line:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: got a {type(found).__name__}; allowed: an object")
-    return found
-
-
-def _read_folder(kind: str, folder: Path, known: list[str]) -> Line:
-    """Returns the fields of a folder's architecture, and size and normalization of its images."""
-    whole, file = _read(folder / "config.json"), folder / "preprocessor_config.json"
-    if whole.get("model_type") != kind:
-        raise ConfigError(f"{folder} holds a {whole.get('model_type')!r}; you asked for '{PREFIX}{kind}'")
-    found = {name: whole[name] for name in known if whole.get(name) is not None}
-    if not file.is_file():
-        return found
-    images = _read(file)
-    if not images.get("do_rescale", True) or abs(images.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise ConfigError(f"{file}: do_rescale: the images are not scaled to [0, 1]")
-    match images.pop("size", None):
-        case {"height": int(side), "width": int(width)} if side == width:
-            found["size"] = side
-    if not images.get("do_normalize", True):
-        images |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-    normal = find_input(images, str(file))
-    return found | {n: x for n, x in (("mean", normal.mean), ("std", normal.std)) if x is not None}
-
-
-def build_config(kind: str, num_labels: int, values: Line) -> "PreTrainedConfig":
-    """Builds transformers' config of resolved options.
-
-    Raises:
-        ConfigError: a wrong value, or another backbone than those that are known.
-    """
-    own = {name: value for name, value in values.items() if name not in IMAGES}
-    try:
-        own["backbone_config"] = backbone = _backbone(kind, own.get("backbone_config") or {})
-        # As many levels as the backbone has.
-        own.setdefault("encoder_in_channels", [backbone.hidden_sizes[i - 1] for i in backbone.out_indices])
-        found: PreTrainedConfig = load_class(kind, "Config")(**own, num_labels=num_labels)
-    except ConfigError:
-        raise
-    except Exception as error:  # of transformers' own validation, of several classes
-        raise ConfigError(f"detector '{PREFIX}{kind}' does not take {values!r}: {one_line(error)}") from error
-    return found
-
-
-def _backbone(kind: str, values: Line) -> Any:
-    name = values.get("model_type", "hgnet_v2" if kind == "d_fine" else "rt_detr_resnet")
-    if name not in _BACKBONES:
-        raise ConfigError(f"backbone_config.model_type: got {name!r}; allowed: {', '.join(_BACKBONES)}")
-    from transformers import AutoConfig
-
-    config_class = type(AutoConfig.for_model(name))
-    # A saved config has both of these.
-    levels = next((n for n in ("out_indices", "out_features") if values.get(n) is not None), None)
-    default = {} if levels else {"out_indices": [2, 3, 4]}
-    known = {*_fields(config_class), levels}
-    return config_class(**default | {key: value for key, value in values.items() if key in known})
-
-
-def class_names(folder: Path) -> tuple[dict[str, int] | None, int]:
-    """Returns the labels of a folder's named classes, from 1, and the number of all with the background."""
-    names = _read(folder / "config.json").get("id2label") or {}
-    if not isinstance(names, dict) or {str(i) for i in range(len(names))} != set(names):
-        raise CheckpointError(f"{folder}/config.json: id2label: got {str(names)[:100]}; allowed: ids from 0")
-    named = {str(n): int(i) + 1 for i, n in names.items() if not re.fullmatch(r"LABEL_\d+|N/A", str(n))}
-    return named, 1 + (len(names) or 2)  # transformers leaves two out
-
-
-def read_state(folder: Path) -> dict[str, Tensor]:
-    """Reads the weights of a folder, from safetensors alone; raises CheckpointError where there are none."""
-    from safetensors.torch import load_file
-
-    try:
-        state = {key: value for f in folder.glob("model*.safetensors") for key, value in load_file(f).items()}
-    except Exception as error:
-        raise CheckpointError(f"{folder}: the weights cannot be read: {one_line(error)}") from error
-    if not state:
-        raise CheckpointError(f"{folder} has no weights in the format safetensors")
-    return state
 
 
 class Detr(nn.Module):
@@ -201,14 +48,16 @@ class Detr(nn.Module):
     def __init__(self, detr: Any, images: Line) -> None:
         super().__init__()
         self.detr, config = detr, detr.config
+        self.kind: str = config.model_type
         self.size: int = images["size"]
-        what = f"detector '{PREFIX}{config.model_type}'"
-        if self.size < 32 or self.size % 32:
-            raise ConfigError(f"{what}: size: got {self.size}; allowed: multiples of 32")
-        places = sum((self.size // stride) ** 2 for stride in config.feat_strides)
-        if config.num_queries > places:
-            limit = f"allowed with a size of {self.size}: at most {places}"
-            raise ConfigError(f"{what}: num_queries: got {config.num_queries}; {limit}")
+        if self.kind in MULTISCALE:
+            what = f"detector '{PREFIX}{self.kind}'"
+            if self.size < 32 or self.size % 32:
+                raise ConfigError(f"{what}: size: got {self.size}; allowed: multiples of 32")
+            places = sum((self.size // stride) ** 2 for stride in config.feat_strides)
+            if config.num_queries > places:
+                limit = f"allowed with a size of {self.size}: at most {places}"
+                raise ConfigError(f"{what}: num_queries: got {config.num_queries}; {limit}")
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(images[name]).view(3, 1, 1), persistent=False)
         self.detector_adapter = DetrAdapter
@@ -226,10 +75,14 @@ class Detr(nn.Module):
         out = adapter.run(adapter.prepare(images))
         boxes = [_corners(b, *i.shape[1:]) for b, i in zip(out.pred_boxes.float(), images, strict=True)]
         logits = out.logits.float()
-        # The best pairs of a query and a class, as many as there are queries.
-        scores, pairs = logits.sigmoid().flatten(1).topk(logits.shape[1])
-        rows = zip(boxes, pairs // logits.shape[2], pairs % logits.shape[2], scores, strict=True)
-        return [{"boxes": b[query], "labels": c + 1, "scores": s} for b, query, c, s in rows]
+        if self.kind in MULTISCALE:  # the best pairs of a query and a class, as many as there are queries
+            scores, pairs = logits.sigmoid().flatten(1).topk(logits.shape[1])
+            queries, classes = pairs // logits.shape[2], pairs % logits.shape[2]
+            boxes = [b[q] for b, q in zip(boxes, queries, strict=True)]
+        else:  # the last class is that of no object
+            scores, classes = logits.softmax(2)[:, :, :-1].max(2)
+        rows = zip(boxes, classes, scores, strict=True)
+        return [{"boxes": b, "labels": c + 1, "scores": s} for b, c, s in rows]
 
     @torch.no_grad()
     def select_classes(self, rows: Sequence[int | None]) -> None:
@@ -256,12 +109,18 @@ class DetrAdapter(DetectorAdapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.query_taps = QUERIES if self.model.detr.config.model_type == "d_fine" else QUERIES[:2]
+        self.query_taps = QUERIES if self.model.kind == "d_fine" else QUERIES[:2]
 
     @property
     def levels(self) -> dict[str, Level]:
         config = self.model.detr.config
-        return {f"stride{s}": Level(s, config.encoder_hidden_dim) for s in config.feat_strides}
+        if self.model.kind in MULTISCALE:
+            return {f"stride{s}": Level(s, config.encoder_hidden_dim) for s in config.feat_strides}
+        if self.model.kind == "yolos":
+            patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+            return {f"stride{patch}": Level(patch, config.hidden_size)}
+        stride = getattr(config.backbone_config, "output_stride", None) or 32
+        return {f"stride{stride}": Level(stride, config.d_model)}
 
     def prepare(self, images: list[Tensor]) -> "ImageList":
         from torchvision.models.detection.image_list import ImageList
@@ -288,7 +147,22 @@ class DetrAdapter(DetectorAdapter):
         self, images: "ImageList", labels: list[dict[str, Tensor]] | None
     ) -> tuple[Any, dict[str, Tensor]]:
         """Runs the model; returns its output, and the levels with the predictions of its queries."""
-        detr = self.model.detr
+        detr, kind = self.model.detr, self.model.kind
+        if kind not in MULTISCALE:
+            with recorded(detr, ["model.input_projection"] if kind == "detr" else []) as calls:
+                out = self.run(images, labels)
+            if kind == "detr":
+                tokens, grid = out.encoder_last_hidden_state, calls["model.input_projection"].result.shape[2:]
+            else:
+                (stride,) = (level.stride for level in self.levels.values())
+                grid = torch.Size(int(side // stride) for side in images.tensors.shape[2:])
+                # After the class token, before those that detect.
+                tokens = out.last_hidden_state[:, 1 : 1 + grid.numel()]
+            maps = [tokens.transpose(1, 2).unflatten(2, grid)]
+            logits = out.logits - out.logits.logsumexp(2, keepdim=True)
+            logits = logits - torch.log1p(-logits.exp().clamp(max=1 - 1e-6))  # each class against all others
+            queries = {"queries.logits": logits[:, None, :, :-1], "queries.boxes": out.pred_boxes[:, None]}
+            return out, {**dict(zip(self.levels, maps, strict=True)), **queries}
         decoder = detr.model.decoder
         before = decoder.training
         # Else D-FINE's has its last layer's predictions only. The layers keep their mode.
@@ -302,7 +176,7 @@ class DetrAdapter(DetectorAdapter):
             "queries.logits": out.intermediate_logits[:, -detr.config.decoder_layers :, -count:],
             "queries.boxes": out.intermediate_reference_points[:, -detr.config.decoder_layers :, -count:],
         }
-        if self.query_taps == QUERIES:
+        if kind == "d_fine":
             found["queries.sides"] = out.intermediate_predicted_corners[:, :, -count:].unflatten(3, (4, -1))
             found["queries.places"] = self._places(out.initial_reference_points[:, :, -count:])
         return out, {**dict(zip(self.levels, out.encoder_last_hidden_state, strict=True)), **found}
@@ -331,10 +205,15 @@ class DetrAdapter(DetectorAdapter):
             )
             objects.append(part * part.new_tensor([width, height]).repeat(2))
         out, found = self._run(prepared, labels)
+        # Those of squares are weighted already.
+        config, factors = self.model.detr.config, {"loss_bbox": 1.0, "loss_giou": 1.0}
+        if self.model.kind not in MULTISCALE:
+            factors = {"loss_bbox": config.bbox_loss_coefficient, "loss_giou": config.giou_loss_coefficient}
         losses: dict[str, Tensor] = {}
         for name, value in out.loss_dict.items():  # loss_bbox, loss_bbox_aux_0, loss_bbox_dn_0, …
             kind = "_".join(name.split("_")[:2])
-            losses[kind] = losses.get(kind, 0) + value
+            if kind != "cardinality_error":
+                losses[kind] = losses.get(kind, 0) + factors.get(kind, 1.0) * value
         if not any(map(len, objects)):  # those of denoising are unused, and DDP waits for their gradients
             unused = [p for path, p in self.model.named_parameters() if "denoising" in path]
             losses["loss_bbox"] = losses["loss_bbox"] + sum(0.0 * p.sum() for p in unused)
@@ -375,6 +254,8 @@ def create_detr(kind: str, num_classes: int, **options: Any) -> Detr:
         except Exception as error:  # of values that do not suit each other
             what = f"detector '{PREFIX}{kind}' does not take {options!r}"
             raise ConfigError(f"{what}: {one_line(error)}") from error
+        if kind == "detr":  # transformers freezes its backbone, which is random here
+            model.model.backbone.requires_grad_(True)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):  # RT-DETR's start near 0, of which little is learned
                 nn.init.ones_(module.weight)

@@ -15,7 +15,8 @@ from mdistiller.models.backbone import create_backbone
 from mdistiller.models.external import get_torchvision
 from mdistiller.models.weights import read_metadata, read_weights
 from mdistiller.taps import probe
-from mdistiller.tasks.detection.detr import CLASSES, FOLDERS, PREFIX, create_detr, kind_of, resolve
+from mdistiller.tasks.detection.detr import create_detr
+from mdistiller.tasks.detection.detr_config import CLASSES, FOLDERS, PREFIX, kind_of, resolve
 
 _CHANNELS = 256
 _SIDES = ("short_side", "long_side", "min_size", "max_size")
@@ -124,7 +125,7 @@ def create_detector(name: str, num_classes: int, **options: Any) -> nn.Module:
             `transformers/NAME`; or a name that is registered.
         num_classes: classes with the background; those of the weights for the option `weights`.
         options: of `ARCHITECTURE_BACKBONE` those of `build_on_backbone`, of `transformers/NAME` those of
-            `detr.resolve`; otherwise the arguments of torchvision's or of the registered function.
+            `detr_config.resolve`; otherwise the arguments of torchvision's or of the registered function.
 
     Raises:
         UnknownNameError: no such detector or option.

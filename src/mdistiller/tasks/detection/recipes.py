@@ -8,7 +8,7 @@ detectors make a pair TEACHER_STUDENT by their whole names, such as `fasterrcnn_
 COCO: batch 8, learning rate 0.01 divided by 10 at steps 120,000 and 160,000 of 180,000, weight decay 1e-4,
 the first 1,000 steps a linear warm-up, short side 640 to 800, backbones pretrained on ImageNet with frozen
 batch norm. These are the published code's values. Detectors of transformers train with AdamW, rate 1e-4 and
-gradients clipped at 0.1, as RT-DETR does. Evaluation takes one image at a time, as there: the images
+gradients clipped at 0.1, as DETR and RT-DETR do. Evaluation takes one image at a time, as there: the images
 of a batch are padded to one size, which changes predictions a little.
 """
 
@@ -20,7 +20,7 @@ from mdistiller.recipes.backbones import BackboneFamily
 from mdistiller.recipes.family import measure, register_family
 from mdistiller.recipes.published import all_runs, default_run, find_runs
 from mdistiller.tasks.detection.config import DetectionAugmentConfig, DetectionConfig, DetectionDataConfig
-from mdistiller.tasks.detection.detr import CLASSES, kind_of
+from mdistiller.tasks.detection.detr_config import CLASSES, kind_of
 from mdistiller.tasks.detection.methods import list_detection_methods, takes_softmax
 from mdistiller.tasks.detection.models import ARCHITECTURES, BACKBONES, list_detectors
 

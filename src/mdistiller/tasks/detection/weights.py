@@ -15,7 +15,8 @@ from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata, read_weights
 from mdistiller.tasks.detection.coco import DetectionSet
-from mdistiller.tasks.detection.detr import Detr, class_names, kind_of
+from mdistiller.tasks.detection.detr import Detr
+from mdistiller.tasks.detection.detr_config import class_names, kind_of
 from mdistiller.tasks.detection.models import build_detector
 from mdistiller.training.dense import DenseSplits
 
