@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from mdistiller.analysis.compare import compare
+from mdistiller.cli.compare import compare
 from mdistiller.deploy.export import export_student
 from mdistiller.errors import CheckpointError, ConfigError, DataError
 from mdistiller.models import create_model
