@@ -103,7 +103,7 @@ def test_the_teachers_own_run_is_the_teacher(folders, real_runs, tmp_path):
 
 
 def test_exports_are_opened_only_when_named(folders, monkeypatch):
-    from mdistiller.analysis import compare as module
+    from mdistiller.cli import compare as module
 
     opened = []
     monkeypatch.setattr(module, "load_export", lambda folder, device: opened.append(folder))
