@@ -145,6 +145,15 @@ def test_a_narrow_terminal_has_when_to_use_each_method(monkeypatch):
         assert " ".join(get_method(name).card.use.split()) in " ".join(table.split())
 
 
+def test_a_terminal_has_the_families_of_recipes(monkeypatch):
+    out = Terminal(io.BytesIO(), "utf-8", write_through=True)
+    with contextlib.redirect_stdout(out):
+        assert run(["list", "recipes"]) == 0
+    lines = out.buffer.getvalue().decode().split("\n\n")[0].splitlines()[1:]
+    families = [name.partition(".")[0] for name in names("recipes")]
+    assert dict(line.split() for line in lines) == {f: str(families.count(f)) for f in families}
+
+
 def test_models_of_libraries_are_named(cli):
     done = cli("list", "models", "timm/resnet18")
     assert (done.code, "nearest: " in done.message, "Also timm/NAME" in done.message) == (2, True, True)

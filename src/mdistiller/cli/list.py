@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -40,6 +41,11 @@ class ListCommand(Command):
             note = " ".join(task.notes.get("models", "").split()) if self.what == "models" else ""
             raise UnknownNameError(self.what.removesuffix("s"), self.pattern, rows, note)
         found = [rows[name] for name in names]
+        families = Counter(name.partition(".")[0] for name in names)
+        if self.what == "recipes" and self.pattern is None and not self.as_json and sys.stdout.isatty():
+            print(*_table([{"family": name, "recipes": n} for name, n in families.items()]), sep="\n")
+            print("\nRecipes and their published accuracies: mdistiller list recipes cifar100.dkd")
+            return
         if self.what == "recipes":
             found = [{"name": name, "published, %": recipe_status(name)} for name in names]
         if self.as_json:

@@ -85,15 +85,13 @@ class QuickstartCommand(Command):
             head, *body = table(rows, runs[0].main_metric)
             columns = [head.index(name) for name in _SHOWN]
             print_table(_SHOWN, [[line[i] for i in columns] for line in body])
-        found = answer(page.contests[0], page.groups).sentence
+        found = answer(page.contests[0], page.groups)
+        text = textwrap.fill(f"{found.sentence} {found.note}", 80)
         seconds = timedelta(seconds=round(time.perf_counter() - start))
         # `make quickstart` leaves the command in an environment that no shell knows.
         program = "mdistiller" if which("mdistiller") else f"{os.path.relpath(sys.executable)} -m mdistiller"
         commands = "".join(f"\n  {program} {words.format(out=out)}" for words in _NEXT)
-        print(
-            f"\n{textwrap.fill(found, 80)}\nreport: {report} ({seconds} in all)\nnext:{commands}",
-            file=sys.stderr,
-        )
+        print(f"\n{text}\nreport: {report} ({seconds} in all)\nnext:{commands}", file=sys.stderr)
 
 
 def runs_of(out: Path, seeds: int) -> dict[str, RunConfig]:
