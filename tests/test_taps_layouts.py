@@ -107,7 +107,7 @@ def test_methods_for_sequences_take_text(method):
 @pytest.mark.parametrize("method", sorted({*FEATURES} - {*FOR_SEQUENCES}))
 def test_methods_for_maps_refuse_text(method):
     with pytest.raises(
-        ConfigError, match=r"compares maps.*tap 'stage\d' is a sequence|no such tap \('last_map'\)"
+        ConfigError, match=r"compares maps.*tap 'stage\d' is a sequence|has no tap 'last_map'"
     ):
         Distiller(bert(), bert(4), method, input_shape=WORDS, batch_size=2)
 
