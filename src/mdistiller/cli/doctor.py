@@ -51,12 +51,14 @@ def examine() -> Line:
         devices.append(_device(torch.device("cuda", i), gpu))
     if torch.backends.mps.is_available():
         devices.append(_device(torch.device("mps"), platform.processor() or "Apple"))
-    # Of downloaded weights, or the nearest one above that exists.
+    # Downloaded weights go here, or into the nearest folder above that exists.
     cache = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch"))
     folders = (Path.cwd(), next(path for path in (cache, *cache.parents) if path.exists()))
     return {
         "versions": versions,
-        "cuda": where["cuda"],
+        "cuda": f"{where['cuda']}, but no GPU is found"
+        if where["cuda"] and not where["gpus"]
+        else where["cuda"],
         "platform": where["platform"],
         "devices": devices,
         "auto_device": str(pick_device("auto")),
