@@ -21,13 +21,13 @@ from mdistiller.training import task as tasks
 # Left out by `make test-fast`: processes, compilation, whole runs, commands, every method's contract.
 SLOW = (
     "integrations/test_ray.py",
-    "analysis/",
     "cli/",
     "data/test_policy.py",
     "deploy/",
     "integrations/",
     "methods/test_contract.py",
     "methods/test_crd.py",
+    "report/",
     "runs/",
     "tasks/detection/",
     "tasks/segmentation/",

@@ -48,7 +48,7 @@ def test_a_missing_package(cli, monkeypatch):
     )
     extras = yaml.safe_load(cli("doctor").out)["extras"]
     assert {name for name, extra in extras.items() if "missing" in extra} == {"onnx", "wandb"}
-    assert (extras["onnx"]["missing"], extras["wandb"]["missing"]) == ("onnxscript", "wandb")
+    assert (extras["onnx"]["missing"], extras["wandb"]["missing"]) == (["onnxscript"], ["wandb"])
     assert extras["wandb"] == extras["wandb"] | {"use": "--log wandb", "install": "pip install wandb"}
 
 

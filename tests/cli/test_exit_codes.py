@@ -75,7 +75,7 @@ def refused(cli, code: int, *argv: object) -> str:
         ((*STUDENT, "--method.beta", "3"), ["--method.beta"]),  # DKD's, not that of `none`
         ((*PAIR, "--method", "kd", "--method.beta", "3"), ["--method.beta"]),
         ((*STUDENT, "extra"), ["extra"]),
-        ((*STUDENT, "--epochs"), ["--epochs", "Expected 1"]),
+        ((*STUDENT, "--epochs"), ["--epochs: got no value; allowed: INT"]),
         # value
         ((*STUDENT, "--epochs", "many"), ["--epochs", "'many'", "INT"]),
         ((*STUDENT, "--optim.lr", "fast"), ["--optim.lr", "'fast'"]),

@@ -56,7 +56,7 @@ def test_sections_are_the_groups_of_the_config(cli, monkeypatch, width):
     done = cli("train", RECIPE, "--help-all")
     lines = done.out.splitlines()
     headings = [line.rstrip(":") for line in lines if re.fullmatch(r"[a-z ]+:", line)]
-    assert headings == ["flags", "method", "teacher", "student", "optim", "data", "augment"]
+    assert headings == ["data", "run", "teacher", "method", "student", "optim", "augment"]
     long = [line for line in lines if len(line) > width]
     assert not [line for line in long if len(line.split()) > 2], long  # words are not broken
     # Paragraphs are filled: a line ends only where the next word would not fit.
@@ -72,7 +72,8 @@ def test_sections_are_the_groups_of_the_config(cli, monkeypatch, width):
     assert found["--teacher"] == found["--teacher.checkpoint"] == "teacher"
     assert found["--method"] == found["--method.beta"] == "method"
     assert found["--optim.lr"] == "optim"
-    assert found["--epochs"] == found["--teacher-cache"] == found["--plugin"] == "flags"
+    assert found["--epochs"] == found["--teacher-cache"] == found["--plugin"] == "run"
+    assert next(iter(found)) == "--data.root"
 
 
 def test_short_form_has_the_numbers_of_the_method(cli, monkeypatch):

@@ -45,7 +45,7 @@ def examine() -> Line:
         # The module of mlflow-skinny is mlflow, that of ray[tune] is ray.
         missing = [p for p in packages if find_spec(p.removesuffix("-skinny").partition("[")[0]) is None]
         extras[name] = {"version": _version(packages[0]), "use": use}
-        extras[name] |= {"missing": " ".join(missing), "install": install_command(name)} if missing else {}
+        extras[name] |= {"missing": missing, "install": install_command(name)} if missing else {}
     devices = [_device(torch.device("cpu"), where["cpu"])]
     for i, gpu in enumerate(where["gpus"]):
         devices.append(_device(torch.device("cuda", i), gpu))

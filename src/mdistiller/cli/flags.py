@@ -3,7 +3,6 @@
 Parsing, help and completion all read them.
 """
 
-import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,8 +195,9 @@ def _form(kind: Any) -> tuple[str, int | None]:
 
 def _scalar(word: str) -> object:
     """Returns the number or truth value that a word is, or the word."""
-    try:
-        value = ast.literal_eval(word)
-    except (ValueError, SyntaxError):
-        return word
-    return value if isinstance(value, int | float) else word
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return {"True": True, "False": False}.get(word, word)

@@ -15,6 +15,7 @@ _EVERYDAY = (
     *("optim.lr", "seed", "seeds", "device", "precision", "teacher_cache", "out", "resume", "dry_run"),
 )
 """Fields of the short form."""
+_EVERY_COMMAND = ("plugin", "json")
 
 _WIDEST, _COLUMN = 100, 29  # of a line, and of the explanations in the short form
 _LONG = 100
@@ -57,13 +58,20 @@ def is_everyday(flag: Flag) -> bool:
 
 
 def sections(flags: Sequence[Flag]) -> dict[str, list[Flag]]:
-    """Returns flags by the group of settings that they belong to; those of none come first, as `flags`."""
+    """Returns flags by the group of settings that they belong to: data first, then those of no group."""
     groups = {flag.field.partition(".")[0] for flag in flags if "." in flag.field}
-    found: dict[str, list[Flag]] = {"flags": []}
-    for flag in sorted(flags, key=lambda flag: "." in flag.field):  # --teacher before --teacher.checkpoint
+    rest = "run" if groups else "flags"
+    found: dict[str, list[Flag]] = {"data": [], rest: []}
+    for flag in sorted(flags, key=_place):
         group = flag.field.partition(".")[0]
-        found.setdefault(group if group in groups else "flags", []).append(flag)
+        found.setdefault(group if group in groups else rest, []).append(flag)
     return {name: mine for name, mine in found.items() if mine}
+
+
+def _place(flag: Flag) -> tuple[bool, int]:
+    """Returns what sorts flags: --teacher before --teacher.checkpoint, everyday ones before the others."""
+    last = len(_EVERYDAY) + (flag.field in _EVERY_COMMAND)
+    return "." in flag.field, _EVERYDAY.index(flag.field) if flag.field in _EVERYDAY else last
 
 
 def _whole(flag: Flag, width: int) -> list[str]:

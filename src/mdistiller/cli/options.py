@@ -140,7 +140,7 @@ def _read_words(
 
 def _read(flag: Flag, words: Sequence[str]) -> object:
     if flag.count is not None and not words:
-        raise ConfigError(f"{flag.name}: got no value. Expected {flag.count}: {flag.metavar}")
+        raise ConfigError(f"{flag.name}: got no value; allowed: {_allowed(flag)}")
     if TeacherConfig in get_args(flag.kind):
         return tuple(_read_model(flag.field, word) for word in words)
     try:

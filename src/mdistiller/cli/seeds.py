@@ -53,7 +53,8 @@ def train_each(
     for number, one in left:
         assert one.out is not None
         if is_main:
-            print(f"run {number} of {len(configs)}: {one.out}", file=sys.stderr)
+            name = f"run {number} of {len(configs)}" if len(configs) > 1 else "run"
+            print(f"{name}: {one.out}", file=sys.stderr)
         started = resume and (one.out / CONFIG).exists()
         is_main = train(one, resume=started, reporter=reporter).path is not None
     return is_main

@@ -77,7 +77,7 @@ def get_recipe(
     prefix, chosen, models = split_name(name)
     family = find_family(prefix)
     if family is None:
-        raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes")
+        raise UnknownNameError("recipe", name, list_recipes(), "All: mdistiller list recipes --json")
     baseline = family.baseline
     if chosen == "finetune" and family.finetune is None:
         have = ", ".join(f"{key}.finetune.MODEL" for key, other in all_families().items() if other.finetune)
