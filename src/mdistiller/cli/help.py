@@ -68,10 +68,12 @@ def sections(flags: Sequence[Flag]) -> dict[str, list[Flag]]:
     return {name: mine for name, mine in found.items() if mine}
 
 
-def _place(flag: Flag) -> tuple[bool, int]:
-    """Returns what sorts flags: --teacher before --teacher.checkpoint, everyday ones before the others."""
+def _place(flag: Flag) -> int:
+    """Returns what sorts flags: everyday ones, others, those of every command, and then those of groups."""
+    if "." in flag.field:  # --teacher before --teacher.checkpoint
+        return len(_EVERYDAY) + 2
     last = len(_EVERYDAY) + (flag.field in _EVERY_COMMAND)
-    return "." in flag.field, _EVERYDAY.index(flag.field) if flag.field in _EVERYDAY else last
+    return _EVERYDAY.index(flag.field) if flag.field in _EVERYDAY else last
 
 
 def _whole(flag: Flag, width: int) -> list[str]:
