@@ -375,7 +375,10 @@ def test_published_runs_of_the_recipes(write_run, tmp_path):
         write_run("own", [1.0], **short),
         write_run("none", [1.0], method="kd", recipe="digits.kd.resnet20_resnet8", epochs=20),
         write_run("unknown", [1.0], method="kd", recipe="mine.kd.a_b", **models),
+        write_run("older", [1.0], seed=1, method="kd", **short | {"recipe": "cifar100.kd.vgg13_vgg8"}),
     ]
+    older = json.loads((folders[-1] / "config.json").read_text(encoding="utf-8"))
+    (folders[-1] / "config.json").write_text(json.dumps(older | {"gone": 1}), encoding="utf-8")
     page = Page(write_report(folders, tmp_path / "page.html").read_text(encoding="utf-8"))
     start = page.rows.index(["run", "published, %", "origin", "this run"])
     first = page.rows[start + 1]
@@ -383,8 +386,13 @@ def test_published_runs_of_the_recipes(write_run, tmp_path):
     assert first[2].startswith("megvii-research/mdistiller@a08d46f:configs/cifar100/dkd/")
     # The folder is written with DKD's default β.
     assert first[3] == "epochs 60 for 240; drops 37.5, 45, 52.5 for 150, 180, 210; method.beta 8 for 6"
+    # Settings that this version cannot read hide no published row.
+    older_row = page.rows[start + 2]
+    assert older_row[1] == "72.98 (last)"
+    assert older_row[3].startswith("not compared: ")
+    assert "gone" in older_row[3]
     # The next table: an unpublished recipe and one of a plug-in have no row.
-    assert page.rows[start + 2] == ["row", "settings that differ between rows"]
+    assert page.rows[start + 3] == ["row", "settings that differ between rows"]
 
 
 def test_a_run_of_one_epoch_and_one_under_way(write_run, tmp_path):

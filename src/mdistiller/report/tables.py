@@ -221,14 +221,18 @@ def published(page: PageRows) -> list[Section]:
 
 def _cells(recipe: str, run: RunRecord) -> tuple[str, str, str] | None:
     try:
-        runs, config = find_published(recipe).runs, load_config(run.path / CONFIG)
-        changes = differences(config, get_recipe(config.recipe))
-    except MDistillerError:  # a recipe of a plug-in, or of another version
+        runs = find_published(recipe).runs
+    except MDistillerError:  # a recipe of a plug-in
         return None
     if not runs:
         return None
+    try:
+        config = load_config(run.path / CONFIG)
+        changes = "; ".join(differences(config, get_recipe(config.recipe))) or "as the recipe"
+    except MDistillerError as error:
+        changes = f"not compared: {from_here(str(error))}"
     origin = "; ".join(dict.fromkeys([runs[0].source, runs[0].figures])).strip("; ")
-    return status(runs), origin, "; ".join(changes) or "as the recipe"
+    return status(runs), origin, changes
 
 
 def making(runs: Sequence[RunRecord], *, more: str) -> Section:
