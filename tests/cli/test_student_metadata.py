@@ -105,6 +105,9 @@ DETECTOR = {"short_side": 64, "long_side": 96}
         {"labels": []},
         {"labels": None},
         {"labels": [1]},
+        {"labels": [2, 1]},  # of a version in which labels could have gaps
+        {"labels": [1], "classes": ["a"]},
+        {"labels": [1, 2, 3], "classes": ["a", "b", "c"]},
         {"num_classes": 3.5},
         *(
             {"options": DETECTOR | options}

@@ -1,5 +1,7 @@
 """Classes of a model and of the data are matched by their names."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -98,3 +100,19 @@ def test_each_of_several_teachers_follows_the_names(folders, tmp_path, ensemble)
         expected = [torch.stack(expected).mean(0)]
     for teacher, value in zip(built, expected, strict=True):
         torch.testing.assert_close(teacher(images), value)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["found when listed", "found when read"])
+def test_an_evaluation_counts_the_images_that_it_scored(folders, tmp_path, monkeypatch, known):
+    if not known:
+        monkeypatch.setattr("mdistiller.data.load.drop_unreadable", lambda images, workers: images)
+    root = tmp_path / "data"
+    shutil.copytree(folders, root)
+    broken = root / "val" / "3" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    save(tmp_path / "t.safetensors", sorted(NAMES))
+    config = settings(root, tmp_path / "t.safetensors")
+    config = config.replace(data={"on_error": "skip", "memory": "stream", "workers": 0})
+    with pytest.warns(UserWarning, match="left out: 1 of 12" if known else "an epoch left out 1 image"):
+        metrics = ClassificationTask().evaluate(config, config.teacher, World(torch.device("cpu")))
+    assert metrics["images"] == 11

@@ -259,7 +259,9 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
             world,
             classes_shown=splits.num_classes,
         )
-        return {**evaluator(network, False), "images": len(splits.test)}
+        metrics = evaluator(network, False)
+        left_out = sum(world.gather(evaluator.test.loader.left_out))
+        return {**metrics, "images": len(splits.test) - left_out}
 
     def format_metrics(self, metrics: Line) -> list[str]:
         lowest = sorted(metrics["classes"].items(), key=lambda item: item[1])[:LOWEST]
