@@ -46,6 +46,7 @@ def changed(student_run, tmp_path, monkeypatch):
         {"options": None},
         {"options": {"unknown": 1}},
         {"options": {"num_classes": 4}},
+        {"options": {"name": "resnet14"}},
         {"classes": []},
         {"classes": "abcd"},
         {"classes": [0, 1, 2, 3]},
