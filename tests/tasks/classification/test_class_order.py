@@ -54,6 +54,18 @@ def test_a_teacher_s_outputs_follow_the_names(folders, tmp_path):
     torch.testing.assert_close(teacher(images), expected)
 
 
+def test_a_student_that_trains_further_follows_the_names(folders, tmp_path):
+    model = save(tmp_path / "s.safetensors", NAMES)
+    config = settings(folders, None).replace(
+        student={"checkpoint": tmp_path / "s.safetensors"}, method="none"
+    )
+    data = load_data(config.data)
+    with pytest.warns(UserWarning, match="its classes were put into the data's order, by their names"):
+        student = ClassificationTask().build_student(config, data).eval()
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(student(images), model(images)[:, [int(name) for name in data.classes]])
+
+
 def test_an_evaluation_follows_the_names(folders, tmp_path):
     model = save(tmp_path / "t.safetensors", NAMES)
     config = settings(folders, tmp_path / "t.safetensors")

@@ -98,7 +98,9 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         return models.build_model(model, data.num_classes)
 
     def build_student(self, config: ClassificationConfig, data: Splits) -> nn.Module:
-        return models.build_model(config.student, data.num_classes, new_classifier=True)
+        student = models.build_model(config.student, data.num_classes, new_classifier=True)
+        models.order_classes(student, config.student.checkpoint, data, strict=False)
+        return student
 
     def build_teacher(self, config: ClassificationConfig, data: Splits) -> nn.Module:
         teachers: list[nn.Module] = []
