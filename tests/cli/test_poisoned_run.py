@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import mdistiller
+from mdistiller.cli.main import COMMANDS
 from mdistiller.errors import ConfigError
 from mdistiller.models import ModelConfig, create_model
 from mdistiller.tasks.classification.models import create_stored
@@ -101,41 +103,47 @@ def test_the_poison_is_one(poison, sentinel, tmp_path):
     _WATCHED[-1].clear()
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("train", "RUN"),
-        ("train", "RUN", "--help"),
-        ("train", "RUN", "--dry-run"),
-        ("train", "RUN", "--resume"),
-        ("train", "RUN/config.json", "--dry-run"),
-        ("config", "RUN"),
-    ],
-    ids=" ".join,
-)
+ASK = [
+    ("train", "RUN"),
+    ("train", "RUN", "--help"),
+    ("train", "RUN", "--dry-run"),
+    ("train", "RUN", "--resume"),
+    ("train", "RUN/config.json", "--dry-run"),
+    ("config", "RUN"),
+    ("sweep", "RUN", "--space", "optim.lr=[0.1]"),
+]
+LEAVE = [
+    ("report", "RUN", "--out", "page.html"),
+    ("report", "RUN", "--format", "csv"),
+    ("compare", "RUN", "RUN", "--batch", "1"),
+    ("eval", "RUN", "--device", "cpu"),
+    ("export", "RUN"),
+    ("predict", "RUN/student.safetensors", "image.png"),
+    ("train", "digits.kd.resnet8", "--teacher", "RUN", "--dry-run"),
+    ("reproduce", "table6", "--scale", "smoke", "--out", "RUNS", "--teachers", "RUNS", "--no-run"),
+]
+NOTHING_READ = {"bench", "doctor", "list", "quickstart", "show"}
+
+
+def test_every_command_is_here():
+    assert {words[0] for words in ASK + LEAVE} | NOTHING_READ == set(COMMANDS)
+
+
+@pytest.mark.parametrize("words", ASK, ids=" ".join)
 def test_a_command_that_repeats_it_asks_for_the_plugin(cli, poisoned, words):
     done = cli(*(word.replace("RUN", str(poisoned)) for word in words))
     assert (done.code, done.out) == (2, "")
     assert f"give --plugin {poisoned.parent / 'evil.py'}" in done.message
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("report", "RUN", "--out", "page.html"),
-        ("compare", "RUN", "RUN", "--batch", "1"),
-        ("eval", "RUN", "--device", "cpu"),
-        ("export", "RUN"),
-        ("predict", "RUN/student.safetensors", "image.png"),
-        ("train", "digits.kd.resnet8", "--teacher", "RUN", "--dry-run"),
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("words", LEAVE, ids=" ".join)
 def test_the_other_commands_leave_the_plugin(cli, poisoned, monkeypatch, words):
     monkeypatch.chdir(poisoned.parent)
     Image.new("RGB", (32, 32)).save("image.png")
+    shutil.copytree(poisoned, "RUNS/resnet14")
     data = cli.DATA if words[0] == "train" else ()
-    done = cli(*(word.replace("RUN", str(poisoned)) for word in words), *data)
+    words = [word.replace("RUN", str(poisoned)) if word != "RUNS" else word for word in words]
+    done = cli(*words, *data)
     assert done.code == 0, done.err
 
 

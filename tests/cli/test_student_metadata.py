@@ -46,6 +46,7 @@ def changed(student_run, tmp_path, monkeypatch):
         {"options": None},
         {"options": {"unknown": 1}},
         {"options": {"num_classes": 4}},
+        {"options": {"name": "resnet14"}},
         {"classes": []},
         {"classes": "abcd"},
         {"classes": [0, 1, 2, 3]},
@@ -105,6 +106,9 @@ DETECTOR = {"short_side": 64, "long_side": 96}
         {"labels": []},
         {"labels": None},
         {"labels": [1]},
+        {"labels": [2, 1]},  # of a version in which labels could have gaps
+        {"labels": [1], "classes": ["a"]},
+        {"labels": [1, 2, 3], "classes": ["a", "b", "c"]},
         {"num_classes": 3.5},
         *(
             {"options": DETECTOR | options}

@@ -50,6 +50,9 @@ class SampleOrder:
         ConfigError: A batch size or rank out of range, or no batch left with `drop_last`.
     """
 
+    left_out = 0
+    """Unreadable samples of this rank in the last epoch."""
+
     def __init__(
         self,
         size: int,
@@ -223,6 +226,7 @@ class WorkerLoader(SampleOrder, Generic[T]):
                 if len(part.position):
                     yield part
         finally:  # also if the caller leaves the epoch before its end
+            self.left_out = failed
             if failed:
                 images = "image" if failed == 1 else "images"
                 warnings.warn(f"an epoch left out {failed} {images} that cannot be read", stacklevel=3)

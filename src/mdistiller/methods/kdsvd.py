@@ -5,13 +5,13 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar, exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight, map_pairs
 from mdistiller.methods.registry import register_method
-from mdistiller.types import Batch, Outputs
+from mdistiller.types import Batch, DataInfo, Outputs
 
 # Number of additional student vectors among which the match of a teacher's vector is sought.
 _MORE = 3
@@ -76,10 +76,7 @@ def kdsvd_loss(student_features: Maps, teacher_features: Maps, *, k: int = 1) ->
     """
     if k < 1:
         raise ConfigError(f"k must be at least 1; got {k}")
-    if len(student_features) < 2:
-        raise ConfigError(
-            f"kdsvd relates each stage to the one before: it needs at least two, got {len(student_features)}"
-        )
+    _check_count(len(student_features))
     pairs = map_pairs(student_features, teacher_features)
     k = min(k, *(min(t.shape[1] * t.shape[2], t.shape[3]) for _, t in pairs))
     with exact(pairs[0][0]):
@@ -91,6 +88,11 @@ def kdsvd_loss(student_features: Maps, teacher_features: Maps, *, k: int = 1) ->
             for (s_before, t_before), (s, t) in pairwise(vectors)
         ]
     return torch.stack(terms).sum().where(finite, torch.nan)
+
+
+def _check_count(stages: int) -> None:
+    if stages < 2:
+        raise ConfigError(f"kdsvd relates each stage to the one before: it needs at least two, got {stages}")
 
 
 def _matrices(x: Tensor) -> Tensor:
@@ -123,6 +125,10 @@ class KDSVD(FeatureMethod[KDSVDConfig]):
         "A baseline that older papers report: compares changes between stages",
         example=Example(STAGES, STAGES),
     )
+
+    def __init__(self, config: KDSVDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
+        super().__init__(config, student, teacher, data)
+        _check_count(len(self.student_taps))  # before the first step
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         loss = kdsvd_loss(*self.read(student, teacher, batch.image), k=self.config.k)

@@ -27,6 +27,8 @@ F = TypeVar("F", bound=Callable[..., nn.Module])
 def _check_options(value: Line) -> Line:
     if "num_classes" in value:
         raise ValueError("num_classes is no option: a model has as many classes as the data")
+    if "name" in value:
+        raise ValueError("name is no option: it is the model's field of this name")
     return value
 
 

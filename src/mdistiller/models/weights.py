@@ -53,8 +53,10 @@ class _Metadata(BaseModel, extra="allow"):
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
-        if "labels" in self.model_fields_set and len(self.labels) != len(self.classes):
-            raise ValueError(f"labels: got {len(self.labels)} for {len(self.classes)} classes")
+        if "labels" in self.model_fields_set and self.labels != [*range(1, len(self.classes) + 1)]:
+            raise ValueError(
+                f"labels: got {self.labels!r:.60}; allowed: 1 to {len(self.classes)}, the classes'"
+            )
         return self
 
 

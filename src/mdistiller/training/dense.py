@@ -162,13 +162,21 @@ Factors = Annotated[tuple[float, float], AfterValidator(_rising)]
 
 def check_classes(
     where: str, trained: Sequence[str] | None, classes: Sequence[str], advice: str = ""
-) -> None:
-    """Raises a ConfigError where a checkpoint was trained on other classes than the data has."""
-    if trained is not None and list(trained) != list(classes):
+) -> list[int] | None:
+    """Returns the places of the data's classes among a checkpoint's, and warns; None where nothing moves.
+
+    Raises:
+        ConfigError: the checkpoint was trained on other classes.
+    """
+    if trained is None or list(trained) == list(classes):
+        return None
+    if sorted(trained) != sorted(classes) or len(set(classes)) < len(classes):
         own, other = (
             f"{len(n)} classes ({', '.join(n[:5])}{', …' * (len(n) > 5)})" for n in (classes, trained)
         )
         raise ConfigError(f"{where} was trained on {other}; the data has {own}{advice}")
+    warnings.warn(f"{where}: its classes are put into the data's order, by their names", stacklevel=2)
+    return [[*trained].index(name) for name in classes]
 
 
 def check_apart(root: Path, train: Sequence[Path], test: Sequence[Path]) -> None:
@@ -275,11 +283,12 @@ class DenseDeployment(Deployment):
         return DenseSplits(train=images, test=images, description="")
 
     def evaluator(self, config: DenseConfig, images: Any, world: World) -> Callable[..., Line]:
-        """Returns a function that computes the metrics of a model on a set of images."""
+        """Returns a function that computes a model's metrics, and with `count` the images that it scored."""
         loader, precision = self.loader(images, config, world, training=False), torch_dtype(config.precision)
 
-        def evaluate(model: nn.Module, is_student: bool = True, **options: Any) -> Line:
-            return self.measure(model, loader.epoch(0), images, world, precision=precision, **options)
+        def evaluate(model: nn.Module, is_student: bool = True, count: bool = False, **options: Any) -> Line:
+            found = self.measure(model, loader.epoch(0), images, world, precision=precision, **options)
+            return found | ({"images": len(images) - sum(world.gather(loader.left_out))} if count else {})
 
         return evaluate
 
@@ -289,8 +298,7 @@ class DenseDeployment(Deployment):
         assert isinstance(config, DenseConfig)
         float32 = config.model_copy(update={"precision": "float32"})
         evaluate = self.evaluator(float32, data.test, World(device))
-        found = (evaluate(self.module(model)) for model in models)
-        return [{**metrics, "agreement": None, "images": len(data.test)} for metrics in found]
+        return [{**evaluate(self.module(model), count=True), "agreement": None} for model in models]
 
 
 C = TypeVar("C", bound=DenseConfig)
@@ -304,6 +312,10 @@ class DenseTask(Task[C, DenseSplits[Images], B]):
     build: ClassVar[Callable[..., nn.Module]]
     """Function that builds a `ModelConfig` for a number of classes, with its checkpoint loaded."""
     exports: ClassVar[DenseDeployment]
+
+    @abstractmethod
+    def reorder(self, model: nn.Module, places: Sequence[int] | None) -> None:
+        """Gives a model the outputs of its classes at these places; None leaves them as they are."""
 
     def identify(self, config: C, data: DenseSplits[Images]) -> dict[str, str]:
         train, test = (cast(DenseSet, images) for images in (data.train, data.test))
@@ -335,16 +347,19 @@ class DenseTask(Task[C, DenseSplits[Images], B]):
         trained = read_metadata(model.checkpoint).get("classes")
         images = self.exports.load_split(config.data, "test")
         advice = ": evaluate it on data of its own"
-        check_classes(f"data: {model.checkpoint}", trained, images.classes, advice)
-        network = self.build(model, images.num_classes).to(world.device)
+        places = check_classes(f"data: {model.checkpoint}", trained, images.classes, advice)
+        network = self.build(model, images.num_classes)
+        self.reorder(network, places)
+        network.to(world.device)
         lay_out(network, memory_format(config.layout))
         evaluate = self.exports.evaluator(config, images, world)
         file = {} if predictions is None else {"predictions": predictions}
-        return {**evaluate(network, **file), "images": len(images)}
+        return evaluate(network, count=True, **file)
 
     def load_student(self, file: Path, metadata: Line) -> nn.Module:
         model = ModelConfig(name=metadata["model"], options=metadata["options"], checkpoint=file)
-        return self.build(model, metadata.get("num_classes", len(metadata["classes"]))).eval()
+        background = "num_classes" in metadata  # of a detector, beside its classes
+        return self.build(model, len(metadata["classes"]) + background).eval()
 
     def check_model(self, name: str) -> None:
         self.Config.check_name(name)

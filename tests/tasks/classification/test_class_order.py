@@ -1,5 +1,7 @@
 """Classes of a model and of the data are matched by their names."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -52,6 +54,18 @@ def test_a_teacher_s_outputs_follow_the_names(folders, tmp_path):
     torch.testing.assert_close(teacher(images), expected)
 
 
+def test_a_student_that_trains_further_follows_the_names(folders, tmp_path):
+    model = save(tmp_path / "s.safetensors", NAMES)
+    config = settings(folders, None).replace(
+        student={"checkpoint": tmp_path / "s.safetensors"}, method="none"
+    )
+    data = load_data(config.data)
+    with pytest.warns(UserWarning, match="its classes were put into the data's order, by their names"):
+        student = ClassificationTask().build_student(config, data).eval()
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(student(images), model(images)[:, [int(name) for name in data.classes]])
+
+
 def test_an_evaluation_follows_the_names(folders, tmp_path):
     model = save(tmp_path / "t.safetensors", NAMES)
     config = settings(folders, tmp_path / "t.safetensors")
@@ -98,3 +112,19 @@ def test_each_of_several_teachers_follows_the_names(folders, tmp_path, ensemble)
         expected = [torch.stack(expected).mean(0)]
     for teacher, value in zip(built, expected, strict=True):
         torch.testing.assert_close(teacher(images), value)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["found when listed", "found when read"])
+def test_an_evaluation_counts_the_images_that_it_scored(folders, tmp_path, monkeypatch, known):
+    if not known:
+        monkeypatch.setattr("mdistiller.data.load.drop_unreadable", lambda images, workers: images)
+    root = tmp_path / "data"
+    shutil.copytree(folders, root)
+    broken = root / "val" / "3" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    save(tmp_path / "t.safetensors", sorted(NAMES))
+    config = settings(root, tmp_path / "t.safetensors")
+    config = config.replace(data={"on_error": "skip", "memory": "stream", "workers": 0})
+    with pytest.warns(UserWarning, match="left out: 1 of 12" if known else "an epoch left out 1 image"):
+        metrics = ClassificationTask().evaluate(config, config.teacher, World(torch.device("cpu")))
+    assert metrics["images"] == 11

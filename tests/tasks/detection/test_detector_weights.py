@@ -1,15 +1,16 @@
 """Detectors from weights of other classes: outputs of the same names stay what they were."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny_detectors import fcos, one_stage, ssd, two_stage, write_set
 
-from mdistiller.errors import ConfigError
+from mdistiller.errors import CheckpointError, ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.runs.checkpoint import save_student
-from mdistiller.tasks.detection.config import DetectionDataConfig
+from mdistiller.tasks.detection.config import DetectionConfig, DetectionDataConfig
 from mdistiller.tasks.detection.layouts import load_detection, load_split
 from mdistiller.tasks.detection.models import create_detector
 from mdistiller.tasks.detection.weights import build_for_data, select_classes
@@ -89,13 +90,41 @@ def test_a_checkpoint_of_other_classes(data, tmp_path):
         build_for_data(config, data, new=False)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_more_or_fewer_names_than_outputs(data, tmp_path, count):
+    file = tmp_path / "other.safetensors"
+    about = {"model": "small", "options": {}, "classes": ["blue", "green", "red", "gray"][:count]}
+    save_student(file, two_stage(5, classes=4), about)
+    for new in (True, False):
+        with pytest.raises(CheckpointError, match=f"{file.name} names {count} classes, and has outputs of 3"):
+            build_for_data(ModelConfig(name="small", checkpoint=file), data, new=new)
+
+
 def test_a_teacher_of_more_classes_and_of_another_order(data, tmp_path):
     for classes in (["gray", "blue", "red", "green"], ["green", "blue", "red"]):
         file = tmp_path / f"{len(classes)}.safetensors"
         before, _ = outputs(stored(file, classes))
-        model = build_for_data(ModelConfig(name="small", checkpoint=file), data, new=False)
+        teacher = {"name": "fasterrcnn_resnet18", "checkpoint": file}
+        config = DetectionConfig.model_validate(
+            {"student": "fasterrcnn_resnet18", "method": "kd", "teacher": teacher}
+        )
+        with pytest.warns(UserWarning, match="its classes are put into the data's order, by their names"):
+            model = get_task("detection").build_teacher(config, data)
         rows = [0, *(1 + classes.index(name) for name in ("red", "green", "blue"))]
         torch.testing.assert_close(outputs(model)[0], before[:, rows])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_keypoint_detector_s_classes_are_not_known_by_their_number(data, tmp_path, count):
+    """torchvision's has one class, a person, and so has anyone's with one class."""
+    file = tmp_path / "keypoints.pt"
+    torch.save(two_stage(5, classes=count).state_dict(), file)
+    config = ModelConfig(name="torchvision/keypointrcnn_resnet50_fpn", checkpoint=file)
+    people = replace(data, train=replace(data.train, categories=((1, 4, "dog"), (2, 7, "person"))))
+    with pytest.raises(
+        ConfigError, match=f"no class 'dog', 'person' of the data; it has {count - 1} without"
+    ):
+        build_for_data(config, people, new=False)
 
 
 def test_the_same_classes_and_weights_without_names(data, tmp_path):
@@ -107,7 +136,8 @@ def test_the_same_classes_and_weights_without_names(data, tmp_path):
     torch.save(coco.state_dict(), tmp_path / "coco.pt")
     config = ModelConfig(name="torchvision/fasterrcnn_resnet50_fpn", checkpoint=tmp_path / "coco.pt")
     animals = replace(data.train, categories=((1, 4, "dog"), (2, 7, "person"), (3, 9, "cat")))
-    taught = build_for_data(config, replace(data, train=animals), new=False)
+    with pytest.warns(UserWarning, match="its classes are put into the data's order"):
+        taught = build_for_data(config, replace(data, train=animals), new=False)
     torch.testing.assert_close(outputs(taught)[0], outputs(coco)[0][:, [0, 18, 1, 17]])
     for count in (4, 6):
         file = tmp_path / f"plain{count}.pt"
@@ -140,6 +170,22 @@ def test_an_evaluation_compares_the_names(tmp_path):
     given = ModelConfig(name="fcos_resnet18", checkpoint=file)
     save_student(file, model, about | {"classes": classes})
     assert task.evaluate(config, given, World(torch.device("cpu")))["images"] == 2
+    with torch.no_grad():
+        model.eval().head.classification_head.cls_logits.bias.fill_(0)
+    save_student(file, model, about | {"classes": classes})
+    with torch.no_grad():
+        expected = task.evaluate(config, given, World(torch.device("cpu")), tmp_path / "a.json")
+    select_classes(model, len(classes) + 1, [0, *range(len(classes), 0, -1)])
     save_student(file, model, about | {"classes": classes[::-1]})
-    with pytest.raises(ConfigError, match=rf"trained on .*{classes[-1]}, .*; the data has .*{classes[0]}, "):
+    with pytest.warns(UserWarning, match="its classes are put into the data's order, by their names"):
+        assert task.evaluate(config, given, World(torch.device("cpu")), tmp_path / "b.json") == expected
+    found = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
+    assert found[0] == found[1] != []
+    save_student(file, model, about | {"classes": classes})
+    load_split(config.data, "test").files[0].write_bytes(b"no image")
+    config = config.replace(data={"on_error": "skip"})
+    with pytest.warns(UserWarning, match="left out 1 image that cannot be read"):
+        assert task.evaluate(config, given, World(torch.device("cpu")))["images"] == 1
+    save_student(file, model, about | {"classes": [*classes[:-1], "pink"]})
+    with pytest.raises(ConfigError, match=rf"trained on .*pink.*; the data has .*{classes[-1]}"):
         task.evaluate(config, given, World(torch.device("cpu")))

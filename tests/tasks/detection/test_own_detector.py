@@ -16,9 +16,14 @@ from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import Card, FeatureMethod, MethodConfig, Needs, register_method
 from mdistiller.methods.features import FeatureConfig
 from mdistiller.methods.registry import _METHODS
+from mdistiller.models import ModelConfig
+from mdistiller.runs.checkpoint import save_student
 from mdistiller.tasks.detection import models
+from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.deployment import DetectorDeployment
 from mdistiller.tasks.detection.distiller import DetectionDistiller
+from mdistiller.tasks.detection.layouts import load_detection
+from mdistiller.tasks.detection.weights import build_for_data, select_classes
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "my_detector.py"
 
@@ -68,6 +73,26 @@ def test_the_boxes_of_bckd_are_those_of_its_predictions():
     assert losses["bckd"] == losses["bckd_boxes"] == 0
     losses = DetectionDistiller(student, own(1), "bckd").train()(*batch()).losses
     assert losses["bckd_boxes"] > 0
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["student", "teacher"])
+def test_a_file_of_the_same_classes_in_another_order(tmp_path, new):
+    """Which of its outputs belong to a class is unknown, so they cannot be put into the data's order."""
+    write_set(tmp_path, 2)
+    write_set(tmp_path, 2, "instances_val.json", seed=1)
+    data = load_detection(DetectionDataConfig(root=tmp_path))
+    file, model = tmp_path / "own.safetensors", own()
+    config = ModelConfig(name="my_detector", options={"width": 8}, checkpoint=file)
+    about = {"model": "my_detector", "options": {"width": 8}}
+    save_student(file, model, about | {"classes": ["red", "green", "blue"]})
+    built = build_for_data(config, data, new=new).state_dict()
+    assert all(torch.equal(value, built[key]) for key, value in model.state_dict().items())
+    save_student(file, model, about | {"classes": ["green", "red", "blue"]})
+    said = r"own\.safetensors was trained on green, red, blue; the data has red, green, blue\. Which outputs"
+    with pytest.raises(ConfigError, match=said):
+        build_for_data(config, data, new=new)
+    with pytest.raises(ConfigError, match="its classes cannot move"):
+        select_classes(model, 4, [0, 2, 1, 3])
 
 
 def test_it_teaches_and_learns_from_torchvisions():

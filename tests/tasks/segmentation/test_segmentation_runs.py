@@ -23,12 +23,16 @@ from mdistiller.data.decoder import read_image
 from mdistiller.deploy.export import export_student
 from mdistiller.deploy.predict import load_predictor
 from mdistiller.errors import CheckpointError, ConfigError, Interrupted, UnknownNameError
+from mdistiller.models import ModelConfig
 from mdistiller.recipes import get_recipe, list_recipes, set_method
 from mdistiller.report import write_report
-from mdistiller.runs.checkpoint import load_state
+from mdistiller.runs.checkpoint import load_state, save_student
 from mdistiller.runs.folder import read_metrics
+from mdistiller.taps import tap
 from mdistiller.tasks.segmentation.config import SegmentationConfig
 from mdistiller.tasks.segmentation.methods import list_segmentation_methods
+from mdistiller.tasks.segmentation.segmenter import create_segmenter
+from mdistiller.training.distributed import World
 from mdistiller.training.launch import train
 from mdistiller.training.task import get_task
 
@@ -259,9 +263,70 @@ def test_a_teacher_of_other_classes(squares, teacher, tmp_path):
         CheckpointError, match=r"has 3 classes, the data 4: train it on this data first .*coco-seg.teacher"
     ):
         train(pair(tmp_path, "kd", teacher, out=tmp_path / "a"))
-    (tmp_path / "classes.txt").write_text("ground\nblue\nred\n")
+    (tmp_path / "classes.txt").write_text("ground\nblue\npink\n")
     with pytest.raises(ConfigError, match=r"trained on 3 classes \(ground, red, blue\); the data has 3"):
         train(pair(tmp_path, "kd", teacher, out=tmp_path / "b"))
+
+
+def moved():
+    return pytest.warns(UserWarning, match="its classes are put into the data's order, by their names")
+
+
+@pytest.mark.parametrize(
+    "name", ["fcn_resnet18", "deeplabv3_mobilenet_v3_small", "lraspp_mobilenet_v3_small", "segformer_b0"]
+)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_outputs_follow_the_names_of_the_classes(squares, tmp_path, name, role):
+    """In each of two teachers, in a student that is trained further, and in auxiliary classifiers."""
+    if name == "segformer_b0":
+        pytest.importorskip("transformers")
+    order, options = [2, 0, 1], {"aux": True} if name.startswith(("fcn", "deep")) else {}
+    torch.manual_seed(0)
+    model = create_segmenter(name, 3, **options)
+    file, classes = tmp_path / "model.safetensors", [CLASSES[i] for i in order]
+    about = {"task": "segmentation", "model": name, "options": options, "classes": classes}
+    save_student(file, model, about)
+    given = {"name": name, "checkpoint": file}
+    config = student(squares)
+    task, data = get_task("segmentation"), get_task("segmentation").load_data(config)
+    image = torch.rand(2, 3, 64, 64)
+    if role == "student":
+        with moved():
+            built = [task.build_student(config.replace(student=given | {"options": options}), data)]
+    else:
+        config = config.replace(method={"name": "kd"}, teacher=given, more_teachers=[given])
+        with moved():
+            built = [task.build_teacher(part, data) for part, _ in config.by_teacher()]
+        assert len(built) == 2
+    for found in (each.eval() for each in built):
+        with torch.no_grad():
+            expected = model.eval()(image)
+            torch.testing.assert_close(found(image)[:, order], expected)
+        if options:
+            taps = [tap(each, ["aux"])(image).features["aux"] for each in (found, model)]
+            torch.testing.assert_close(taps[0][:, order], taps[1])
+
+
+def test_an_evaluation_follows_the_names_of_the_classes(squares, teacher, tmp_path):
+    evaluate, config = get_task("segmentation").evaluate, student(squares)
+    given, other = ModelConfig(name=TEACHER, checkpoint=teacher), tmp_path / "other"
+    world = World(torch.device("cpu"))
+    expected = evaluate(config, given, world)["classes"]
+    shutil.copytree(squares, other)
+    (other / "classes.txt").write_text("ground\nblue\nred\n")
+    for file in (other / "SegmentationClass").iterdir():
+        with Image.open(file) as drawn:
+            mask, palette = np.array(drawn), drawn.getpalette()
+        changed = Image.fromarray(np.where((mask == 1) | (mask == 2), 3 - mask, mask), mode="L")
+        changed.putpalette(palette)
+        changed.save(file)
+    with moved():
+        found = evaluate(student(other), given, world)["classes"]
+    assert [*found] == ["ground", "blue", "red"]
+    assert found == pytest.approx(expected)
+    next((other / "JPEGImages").glob("val*")).write_bytes(b"no image")
+    with moved(), pytest.warns(UserWarning, match="left out 1 image that cannot be read"):
+        assert evaluate(student(other).replace(data={"on_error": "skip"}), given, world)["images"] == 3
 
 
 def test_a_teacher_of_other_images_gets_its_own(squares, teacher, tmp_path):

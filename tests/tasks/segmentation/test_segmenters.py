@@ -13,7 +13,7 @@ from mdistiller.runs.checkpoint import save_student
 from mdistiller.taps import tap
 from mdistiller.tasks.segmentation.segmenter import build_segmenter, create_segmenter, list_segmenters
 from mdistiller.training.launch import train
-from mdistiller.training.task import task_of_model
+from mdistiller.training.task import get_task, task_of_model
 
 IMAGE = torch.randn(1, 3, 65, 97, generator=torch.Generator().manual_seed(0))
 
@@ -102,10 +102,27 @@ def test_segformers_weights_of_another_kind(squares, tmp_path):
     ours = create_segmenter("segformer_b0", 3, weights=str(tmp_path / "encoder")).model.segformer
     assert all(torch.equal(v, encoder.state_dict()[k]) for k, v in ours.state_dict().items())
     recipe = get_recipe("coco-seg.kd.segformer_b0_segformer_b0").replace(**settings(squares))
-    for folder, message in (("whole", r"ground, blue, red"), ("encoder", "no classifier of 3 classes")):
+    model.config.id2label = dict(enumerate(("ground", "blue", "pink")))
+    model.save_pretrained(tmp_path / "other")
+    for folder, message in (("other", r"ground, blue, pink"), ("encoder", "no classifier of 3 classes")):
         teacher = {"name": "segformer_b0", "options": {"weights": str(tmp_path / folder)}}
         with pytest.raises(ConfigError, match=message):
             train(recipe.replace(teacher=teacher, out=tmp_path / f"run-{folder}"))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_segformers_weights_follow_the_names_of_the_classes(squares, tmp_path, role):
+    pytest.importorskip("transformers")
+    model = create_segmenter("segformer_b0", 3)
+    model.model.config.id2label = dict(enumerate(("ground", "blue", "red")))
+    model.model.save_pretrained(tmp_path / "whole")
+    given = {"name": "segformer_b0", "options": {"weights": str(tmp_path / "whole")}}
+    config = get_recipe("coco-seg.kd.segformer_b0_segformer_b0").replace(**settings(squares), **{role: given})
+    task = get_task("segmentation")
+    with pytest.warns(UserWarning, match="its classes are put into the data's order, by their names"):
+        built = getattr(task, f"build_{role}")(config, task.load_data(config))
+    with torch.no_grad():
+        torch.testing.assert_close(built.eval()(IMAGE)[:, [0, 2, 1]], model.eval()(IMAGE))
 
 
 def test_segformer_learns_from_a_convolutional_teacher(squares, tmp_path):

@@ -98,7 +98,9 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         return models.build_model(model, data.num_classes)
 
     def build_student(self, config: ClassificationConfig, data: Splits) -> nn.Module:
-        return models.build_model(config.student, data.num_classes, new_classifier=True)
+        student = models.build_model(config.student, data.num_classes, new_classifier=True)
+        models.order_classes(student, config.student.checkpoint, data, strict=False)
+        return student
 
     def build_teacher(self, config: ClassificationConfig, data: Splits) -> nn.Module:
         teachers: list[nn.Module] = []
@@ -259,7 +261,9 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
             world,
             classes_shown=splits.num_classes,
         )
-        return {**evaluator(network, False), "images": len(splits.test)}
+        metrics = evaluator(network, False)
+        left_out = sum(world.gather(evaluator.test.loader.left_out))
+        return {**metrics, "images": len(splits.test) - left_out}
 
     def format_metrics(self, metrics: Line) -> list[str]:
         lowest = sorted(metrics["classes"].items(), key=lambda item: item[1])[:LOWEST]

@@ -1,5 +1,6 @@
 """Object detection as a task."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,6 @@ from mdistiller.methods.changes import change_all, unset
 from mdistiller.models import ModelConfig
 from mdistiller.models.backbone import is_backbone
 from mdistiller.models.external import InputConfig
-from mdistiller.models.weights import read_metadata
 from mdistiller.tasks.classification.models import build_backbone
 from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.coco import DetectionBatch, DetectionLoader, DetectionSet
@@ -32,10 +32,10 @@ from mdistiller.tasks.detection.models import (
     known_detectors,
     resolve_options,
 )
-from mdistiller.tasks.detection.weights import build_for_data
+from mdistiller.tasks.detection.weights import build_for_data, select_classes
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
-from mdistiller.training.dense import DenseSplits, DenseTask, check_classes
+from mdistiller.training.dense import DenseSplits, DenseTask
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import memory_format
 from mdistiller.types import Line
@@ -72,6 +72,10 @@ class DetectionTask(DenseTask[DetectionConfig, DetectionSet, DetectionBatch]):
     def build_model(self, config: DetectionConfig, model: ModelConfig, data: DetectionSplits) -> nn.Module:
         return build_for_data(model, data, new=model is not config.teacher, **config.augment.size)
 
+    def reorder(self, model: nn.Module, places: Sequence[int] | None) -> None:
+        if places is not None:
+            select_classes(model, len(places) + 1, [0, *(place + 1 for place in places)])
+
     def settle(self, config: DetectionConfig, student: nn.Module) -> DetectionConfig:
         if not unset(config.method):
             return config
@@ -98,11 +102,7 @@ class DetectionTask(DenseTask[DetectionConfig, DetectionSet, DetectionBatch]):
     def build_teacher(self, config: DetectionConfig, data: DetectionSplits) -> nn.Module:
         if config.teacher is not None and is_backbone(config.teacher.name, config.check_name):
             return build_backbone(config.teacher, InputConfig((0.0,) * 3, (1.0,) * 3))
-        model = super().build_teacher(config, data)  # tells a missing file or another number of classes first
-        checkpoint = config.teacher.checkpoint if config.teacher is not None else None
-        trained = {} if checkpoint is None else read_metadata(checkpoint)
-        check_classes(f"teacher.checkpoint: {checkpoint}", trained.get("classes"), data.train.classes)
-        return model
+        return super().build_teacher(config, data)
 
     def make_batches(self, config: DetectionConfig, data: DetectionSplits, world: World) -> DetectionBatches:
         loader = DetectionLoader(data.train, config, world, training=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mdistiller.errors import ConfigError
+from mdistiller.errors import CheckpointError, ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata, read_weights
 from mdistiller.tasks.detection.coco import DetectionSet
@@ -44,25 +44,36 @@ def build_for_data(
     """Builds the detector of a config for a data set, with the weights that the config names.
 
     These are a checkpoint, or the option `weights`: torchvision's of `torchvision/NAME`, a folder's of
-    `transformers/NAME`. Weights of other classes keep the outputs of the classes that the data names; with
-    `new` those of all others start from small random weights, with a warning. `size` is as in
-    `build_detector`.
+    `transformers/NAME`. Outputs follow the names of the data's classes, with a warning where they move; with
+    `new` those of classes that the weights lack start from small random weights, with another one. `size` is
+    as in `build_detector`.
 
     Raises:
-        ConfigError: classes are missing in the weights, without `new`.
+        ConfigError: classes are missing in the weights, without `new`; or outputs would have to move in a
+            detector of one's own, where those of a class are not known.
+        CheckpointError: the weights name more or fewer classes than they have outputs of.
     """
     num_classes = data.train.num_classes
     field, origin, known, count = _trained_on(config)
-    wanted = {name: label for label, _, name in data.train.categories}
+    wanted = {name: label for label, name in enumerate(data.train.classes, 1)}
     if origin is None or (known == wanted and count in (None, num_classes)):
         return build_detector(config, num_classes, **size)
     if count is None and config.checkpoint is not None:
         bare = {k: v for k, v in config.options.items() if k not in _PRETRAINED}
         plain = config.model_copy(update={"checkpoint": None, "options": bare})
         count = _count(config.checkpoint, build_detector(plain, num_classes, **size), num_classes)
+        known = known or _coco_labels(config.name, count)
     if count is None or (known is None and count == num_classes):
-        return build_detector(config, num_classes, **size)
+        model = build_detector(config, num_classes, **size)
+        if known is not None:
+            theirs, ours = (", ".join([*names][:12]) for names in (known, data.train.classes))
+            raise ConfigError(
+                f"{field}: {origin} was trained on {theirs}; the data has {ours}. {_fixed(model)}"
+            )
+        return model
     known = known or {}
+    if known and max(known.values()) + 1 != count:
+        raise CheckpointError(f"{origin} names {len(known)} classes, and has outputs of {count - 1}")
     missing = [name for name in wanted if name not in known]
     some = ", ".join(map(repr, missing[:5])) + ", …" * (len(missing) > 5)
     if missing and not new:
@@ -71,21 +82,26 @@ def build_for_data(
         raise ConfigError(f"teacher.{field}: {origin} has no class {some} of the data; it has {names}")
     if missing:
         warnings.warn(f"{origin} has no class {some}: their outputs start from small weights", stacklevel=2)
-    rows: list[int | None] = [0] + [None] * (num_classes - 1)
-    for name, label in wanted.items():
-        rows[label] = known.get(name)
+    elif sorted(wanted, key=known.__getitem__) != [*wanted]:
+        warnings.warn(f"{origin}: its classes are put into the data's order, by their names", stacklevel=2)
     model = build_detector(config, count, **size)
-    select_classes(model, count, rows)
+    select_classes(model, count, [0, *map(known.get, data.train.classes)])
     return model
 
 
 @torch.no_grad()
 def select_classes(model: nn.Module, count: int, rows: Sequence[int | None]) -> None:
-    """Gives a detector of `count` classes a new class for each of `rows`: one of its labels, or None."""
+    """Gives a detector of `count` classes a new class for each of `rows`: one of its labels, or None.
+
+    Raises:
+        ConfigError: a detector of one's own, whose outputs of a class are not known.
+    """
     if isinstance(model, Detr):
         model.select_classes(rows)
         return
     layers = _layers(model.state_dict())
+    if not layers:
+        raise ConfigError(_fixed(model))
     for path, together in layers.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
@@ -102,6 +118,12 @@ def select_classes(model: nn.Module, count: int, rows: Sequence[int | None]) -> 
         setattr(layer, size, len(parts["weight"]))
     if any(path.startswith(_HEAD) for path in layers):
         setattr(model.get_submodule(_HEAD), "num_classes" if _SIGMOID in layers else "num_columns", len(rows))
+
+
+def _fixed(model: nn.Module) -> str:
+    return (
+        f"Which outputs of {type(model).__name__} are of which class is unknown, so its classes cannot move"
+    )
 
 
 def _new(like: Tensor, key: str, path: str) -> Tensor:
@@ -131,8 +153,6 @@ def _trained_on(
         metadata = read_metadata(checkpoint)
         names = metadata.get("classes")
         known = {name: label for label, name in enumerate(names, 1)} if names else None
-        if not names and short != config.name:
-            known = _coco_labels(short, checkpoint)
         # Outputs of other detectors are counted, as one's own may have none that belong to a class.
         return "checkpoint", checkpoint, known, metadata.get("num_classes") if is_set else None
     if given and is_set:
@@ -152,15 +172,13 @@ def _names(weights: "WeightsEnum") -> dict[str, int]:
     return {name: label for label, name in named if label and name != "N/A"}
 
 
-def _coco_labels(name: str, checkpoint: Path) -> dict[str, int] | None:
-    """Returns the labels of torchvision's weights, if a file without names has as many outputs as these."""
+def _coco_labels(name: str, count: int | None) -> dict[str, int] | None:
+    """Returns the labels of torchvision's detector, if a file without names has COCO's 91 classes as well."""
     from torchvision.models import get_model_weights
 
-    weights = next(iter(get_model_weights(name)), None)
-    if weights is None:
-        return None
-    counts = _rows(read_weights(checkpoint)).values()
-    return _names(weights) if any(n % len(weights.meta["categories"]) == 0 for n in counts) else None
+    short = name.removeprefix("torchvision/")
+    found = next(iter(get_model_weights(short)), None) if short != name else None
+    return _names(found) if found is not None and count == len(found.meta["categories"]) == 91 else None
 
 
 def _rows(state: dict[str, Tensor]) -> dict[str, int]:

@@ -97,6 +97,13 @@ EMBEDDING = "embedding"
 AUX = "aux"
 """Tap of the auxiliary classifier's logits, of models that have it; only with gradients."""
 
+CLASSIFIERS = (
+    *(f"{head}.4" for head in ("classifier", "aux_classifier")),
+    *(f"classifier.{level}_classifier" for level in ("low", "high")),
+    "model.decode_head.classifier",
+)
+"""Module paths of the convolutions with an output for each class, some of which each model has."""
+
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 _MOBILENETS = ("mobilenet_v3_large", "mobilenet_v3_small")
 BACKBONES = {"deeplabv3": _RESNETS + _MOBILENETS, "fcn": _RESNETS + _MOBILENETS, "lraspp": _MOBILENETS}

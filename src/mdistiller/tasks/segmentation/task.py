@@ -24,6 +24,7 @@ from mdistiller.tasks.segmentation.methods import build_method
 from mdistiller.tasks.segmentation.pixels import PixelLoss
 from mdistiller.tasks.segmentation.segmenter import (
     AUX,
+    CLASSIFIERS,
     SegFormer,
     Segmenter,
     build_segmenter,
@@ -70,7 +71,12 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
         return build_segmenter(model, data.train.num_classes)
 
     def build_student(self, config: SegmentationConfig, data: SegmentationSplits) -> nn.Module:
-        return build_segmenter(config.student, data.train.num_classes, new_classifier=True)
+        model = build_segmenter(config.student, data.train.num_classes, new_classifier=True)
+        file, classes = config.student.checkpoint, data.train.classes
+        trained = getattr(model, "trained", None) if file is None else read_metadata(file).get("classes")
+        if sorted(trained or ()) == sorted(classes):  # others start as they are
+            self.reorder(model, check_classes(f"student: {file or 'weights'}", trained, classes))
+        return model
 
     def build_teacher(self, config: SegmentationConfig, data: SegmentationSplits) -> nn.Module:
         teacher = config.teacher
@@ -90,11 +96,17 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
                 f"{where} has {error.theirs} classes, the data {data.train.num_classes}: {advice}"
             ) from error
         if isinstance(model, SegFormer) and model.trained is not None:
-            _check_weights(model.trained, data.train.classes)
+            self.reorder(model, _check_weights(model.trained, data.train.classes))
         trained = {} if teacher.checkpoint is None else read_metadata(teacher.checkpoint)
-        check_classes(where, trained.get("classes"), data.train.classes, f": {advice}")
+        places = check_classes(where, trained.get("classes"), data.train.classes, f": {advice}")
+        self.reorder(model, places)
         mean, std = (tuple(trained.get(name, getattr(config.data, name))) for name in ("mean", "std"))
         return with_own_input(model, InputConfig(config.data.mean, config.data.std), InputConfig(mean, std))
+
+    def reorder(self, model: nn.Module, places: Sequence[int] | None) -> None:
+        layers = {} if places is None else dict(model.named_modules())
+        for parameter in (p for path in CLASSIFIERS if path in layers for p in layers[path].parameters()):
+            parameter.data = parameter.data[places]
 
     def head(self, student: nn.Module) -> tuple[str, ...]:
         assert isinstance(student, Segmenter | SegFormer)
@@ -183,8 +195,9 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
         }
 
 
-def _check_weights(trained: list[str], classes: Sequence[str]) -> None:
-    """Raises a ConfigError for a teacher's weights of other classes than the data has, or of none."""
+def _check_weights(trained: list[str], classes: Sequence[str]) -> list[int] | None:
+    """Checks the classes of a teacher's weights, as `check_classes`; raises a ConfigError if it has none."""
     if not trained or (trained[0] == "LABEL_0" and len(trained) != len(classes)):
         raise ConfigError(f"teacher.options: weights: they have no classifier of {len(classes)} classes")
-    check_classes("teacher.options: weights", None if trained[0] == "LABEL_0" else trained, classes)
+    names = None if trained[0] == "LABEL_0" else trained
+    return check_classes("teacher.options: weights", names, classes)
