@@ -223,7 +223,7 @@ def train(
             new folder, or with `resume` continued in its own.
         resume: resume from the state in the run folder, left there by an earlier start of the same config.
         reporter: progress display. None: a bar in a terminal, lines elsewhere, on stderr. False: nothing.
-        plugins: Python files to run first, those that a stored config names among them: it runs none.
+        plugins: Python files to run first. A stored config runs none, so name its plug-ins here.
         changes: fields of the config to change, as in `config.replace`. `data` may also be what `distill`
             takes.
 
@@ -272,7 +272,7 @@ def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | No
 
 
 def _read_yaml(path: Path) -> RunConfig:
-    """Reads a YAML file; its recipe has the values of the fields that are left out."""
+    """Reads a YAML file; fields that it leaves out come from its recipe."""
     values = read_values(path)
     recipe, start = values.get("recipe"), values.get("student")
     if not isinstance(recipe, str) or not recipe or RunConfig.model_fields.keys() <= values.keys():
@@ -321,8 +321,8 @@ def distill(
         method: a method's name, or its fields with the `name` among them. None: dkd, or what the task has in
             its place. Of several teachers, one for all, or a list.
         teacher_weights: factors of the losses of several teachers. None: 1 each.
-        task: another family of recipes for data of your own than `folder`, such as `embed`, which learns
-            embeddings from images without labels.
+        task: the recipe family for your own data, such as `embed`, which learns embeddings from images
+            without labels. None: `folder`.
         resume: resume from the state in `out`, left there by an earlier start with the same arguments.
         reporter: progress display. None: a bar in a terminal, lines elsewhere, on stderr. False: nothing.
         pretrained: whether the student is to be fine-tuned, with the settings for that. None: if it is from a

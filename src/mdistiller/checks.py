@@ -34,7 +34,7 @@ def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
 
 
 def check_index(method: Method, index: Tensor | None, images: int | None) -> None:
-    """Checks the positions of a batch in a training set of so many images, if they are on a CPU.
+    """Checks the positions of a batch in a training set of `images` images; their range only on a CPU.
 
     Raises:
         ConfigError: no positions, or one that is not in the training set.

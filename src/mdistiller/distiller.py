@@ -151,7 +151,7 @@ class Distiller(nn.Module):
     """
 
     student: nn.Module
-    """The student to evaluate and save: the given one, or what the method made of a copy of it."""
+    """The student to evaluate and save: the given one, or the model that the method built from a copy."""
     method: Method
     step: Tensor
 

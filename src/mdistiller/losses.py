@@ -146,8 +146,8 @@ def _positions(inputs: Inputs, logits: Tensor, *, is_known: bool) -> Tensor:
     shape = logits.shape
     if not is_known:
         raise ConfigError(
-            f"logits {list(shape)} without a target: it is not known which axis has the classes; say that "
-            "they are [B, T, C] or [B, C, H, W] by Distiller(..., logits_of=lambda out: out)"
+            f"logits {list(shape)} without a target: the class axis is unknown; declare "
+            "[B, T, C] or [B, C, H, W] by Distiller(..., logits_of=lambda out: out)"
         )
     label = logits.new_zeros((shape[0], *shape[2:]) if len(shape) > 3 else shape[:-1], dtype=torch.int64)
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None

@@ -70,7 +70,7 @@ class Settings(BaseModel):
 
     @classmethod
     def known_fields(cls, values: Mapping[str, object]) -> dict[str, type[BaseModel] | None]:
-        """Returns the fields of settings with these values, each with the type of nested settings in it."""
+        """Returns the fields of settings with these values; a field of nested settings with their type."""
         return {name: nested_settings(field.annotation) for name, field in cls.model_fields.items()}
 
 

@@ -102,4 +102,5 @@ def test_a_recipe_without_its_teacher_is_shown_and_asks_for_one(cli):
     done = cli("train", "digits.dkd.resnet8")
     assert (done.code, "With --teacher RUN" in done.message) == (2, True)
     assert "nearest: resnet20_resnet8" in done.message
+    assert "nearest: TEACHER_resnet8. " in cli("config", "folder.dkd.resnet8").message
     assert "unknown pair" in cli("train", "digits.dkd.resnet7", "--help").message

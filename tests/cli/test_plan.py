@@ -83,6 +83,8 @@ def test_dry_run_of_a_student_alone(cli, tmp_path, monkeypatch):
     assert done.code == 0, done.err
     assert "method:    none: trained on the labels alone" in done.err
     assert "teacher:" not in done.err
+    done = cli("train", "digits.teacher.resnet20", *cli.FAST, "--dry-run")
+    assert ("\nmodel:     resnet20" in done.err, "student:" in done.err) == (True, False)
 
 
 def test_dry_run_has_the_errors_of_the_run(cli, student_run, tmp_path):

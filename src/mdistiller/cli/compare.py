@@ -219,7 +219,7 @@ def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry
 
 
 def _rank(member: _Member, teacher_file: Path | None) -> int:
-    """Returns the position of a run among the rows: the teacher's, one without a teacher, a distilled one."""
+    """Returns the sort key of a run: the teacher, then runs without a teacher, then distilled ones."""
     if (member.run.path / STUDENT_FILE).resolve() == teacher_file:
         return 0
     return 1 if member.run.teacher is None else 2

@@ -72,9 +72,10 @@ def plan_lines(trainer: Trainer, source: AnySource, config: RunConfig | None = N
     config = config or trainer.config
     precision = "precision by measurement" if config.precision == "auto" else config.precision
     processes = f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
+    student = _model(config.student, trainer.student, source)
     lines = [
         ("data", trainer.description),
-        ("student", _model(config.student, trainer.student, source)),
+        ("model" if config.method.method_name == "none" else "student", student),
         *((f"teacher {number}".strip(), text) for number, text in _teachers(config, trainer, source)),
         ("method", "; ".join([_method(config), *_strengths(config, trainer, source)])),
         ("steps", _steps(trainer)),

@@ -94,7 +94,7 @@ def save_student(
     Args:
         model: the classifier, such as `distiller.student`.
         path: a .safetensors file, or a folder for `student.safetensors`.
-        name: name for `create_model`. A model of one's own is registered by `register_model`, in a file that
+        name: name for `create_model`. Register your own model by `register_model`, in a file that
             is given as a plug-in to load it.
         classes: names in the order of the logits.
         image_size: side of the square images in pixels.

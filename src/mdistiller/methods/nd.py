@@ -51,7 +51,7 @@ def nd_loss(
         student_embedding: [B, D], D the teacher's width.
         teacher_embedding: [B, D], detached.
         class_means: [C, D], detached.
-        target: int64 [B] class ids, -100 for images that have no part in the mean; or float [B, C] soft
+        target: int64 [B] class ids, -100 for images that the mean leaves out; or float [B, C] soft
             labels, for which the loss is an expectation.
 
     Raises:

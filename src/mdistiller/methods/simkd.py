@@ -50,7 +50,7 @@ class ReusedClassifier(nn.Module):
 
     Args:
         student: model with the tap `last_map`.
-        feature_dim: channels after the projector, the teacher's.
+        feature_dim: channels of the teacher, to which the projector maps.
         num_classes: classes of the classifier.
         factor: the projector's inner convolutions have feature_dim // factor channels.
         size: (H, W) to which the student's map is averaged before the projector; None keeps its size.

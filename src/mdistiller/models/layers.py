@@ -26,9 +26,9 @@ def classifier_paths(model: nn.Module) -> tuple[str, ...]:
 def layer_numbers(model: nn.Module) -> dict[str, int]:
     """Maps the name of each parameter to the number of its layer.
 
-    Layer 0 is the stem, then follows one layer for each block of each stage, and the classifier is the last
-    one. Layers between two blocks belong to the next block, those behind the last block to the last one. A
-    model of timm has timm's own numbers (`group_matcher`). A model without known stages has two layers, the
+    Layer 0 is the stem; each block of each stage is one layer, and the classifier is the last one. Layers
+    between two blocks count with the next block, those behind the last block with the last one. A timm
+    model keeps timm's own numbers (`group_matcher`). A model without known stages has two layers, the
     classifier and the rest.
     """
     matcher = getattr(model, "group_matcher", None)

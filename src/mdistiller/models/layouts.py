@@ -141,8 +141,8 @@ def layout_of(model: nn.Module, path: str) -> Layout:
     """Returns the layout of a feature of two or more axes after the batch's, by its module path.
 
     It follows from the innermost module around the tap whose kind is known: a model of timm, torchvision or
-    transformers, or a module with convolutions and without layers that work on the last axis. A model of
-    one's own tells it in its table `tap_points`, by `PATH@LAYOUT`.
+    transformers, or a module with convolutions and without layers that work on the last axis. Your own
+    model declares it in its table `tap_points`, as `PATH@LAYOUT`.
 
     Args:
         model: the model.

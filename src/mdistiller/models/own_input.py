@@ -178,7 +178,7 @@ def for_images(
     """Returns a distiller's teacher that takes the images of the batches, by the arguments of `Distiller`.
 
     Raises:
-        ConfigError: an argument without its counterpart, or without values.
+        ConfigError: an argument that lacks its model or its values.
     """
     if teacher is None or teacher_input is None:
         for name, value in (("student_input", student_input), ("teacher_input", teacher_input)):

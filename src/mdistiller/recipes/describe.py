@@ -83,7 +83,7 @@ def recipe_status(recipe: str) -> str:
 
 
 def show_recipe(name: str) -> Line:
-    """Returns a recipe's published runs with their origin, and its own values.
+    """Returns a recipe's published runs with their origin, where there are any, and its own values.
 
     Raises:
         UnknownNameError: no such family, method or model.
@@ -92,7 +92,7 @@ def show_recipe(name: str) -> Line:
     config = get_recipe(name, open_teacher=True)
     found = find_published(config.recipe)
     published = [run.model_dump(mode="json", exclude_defaults=True) for run in found.runs]
-    return {
+    shown = {
         "recipe": config.recipe,
         "status": status(found.runs),
         "published": published,
@@ -100,6 +100,7 @@ def show_recipe(name: str) -> Line:
         "default_source": _source_of(found),
         "default": _values_of(config),
     }
+    return {name: value for name, value in shown.items() if value}
 
 
 def _source_of(found: Found) -> str:

@@ -90,6 +90,8 @@ class Family:
             teacher, student = split_pair(pair, self.aliases)
         except UnknownNameError as error:
             near = self._pairs_like(pair) if self.photographs else []
+            if self.photographs and not near and _is_model(pair, self.aliases):
+                near = [f"TEACHER_{pair}"]
             if near or error.name == pair:
                 families = (self,) if self.photographs else all_families().values()
                 known = [pair for family in families for pair in family.pairs]

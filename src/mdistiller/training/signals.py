@@ -39,7 +39,7 @@ class Stop:
         return self.signal or "a signal to another process"
 
     def requested(self, step: int, count: int) -> bool:
-        """Whether to stop, asked after the `count` steps that follow `step`; the same in every process."""
+        """Returns True in every process if one was told to stop; called `count` steps after `step`."""
         return agreed(self.world, step, count, self.signal is not None)
 
 

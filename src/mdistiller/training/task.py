@@ -173,8 +173,8 @@ class Task(ABC, Generic[C, D, B]):
     ) -> Evaluator:
         """Builds the function that computes `config.metrics` (and more) of a model on the test set.
 
-        `teacher` is compared with the student; None where there is none or it changes; of several, their
-        `ModuleList`.
+        `teacher` is compared with the student: a model, a `ModuleList` of several, or None if there is none
+        or it changes.
         """
 
     def evaluate(self, config: C, model: ModelConfig, world: World, predictions: Path | None = None) -> Line:

@@ -112,7 +112,7 @@ class TeacherCache:
         """Compares outputs for the probe, [1, D] by kind, with those that each file's first row keeps.
 
         Raises:
-            ConfigError: they differ by more than another machine's rounding.
+            ConfigError: they differ by more than rounding on another machine explains.
         """
         for kind, file in (pair for files in self._views for pair in files.items()):
             number, own = np.zeros(1, np.int64), outputs[kind]
@@ -269,7 +269,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _patches(module: nn.Module) -> list[object]:
-    """Lists what one object has beside its class: forward hooks, and functions in attributes."""
+    """Lists what was added to one object: forward hooks, and functions in attributes."""
     own = [value for name, value in vars(module).items() if name not in _OF_MODULES and callable(value)]
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return [part for part in (*hooks, *own) if not isinstance(part, nn.Module)]
@@ -278,7 +278,7 @@ def _patches(module: nn.Module) -> list[object]:
 def _code(part: object) -> str:
     """Returns the source of a plug-in, or of a class or function with the plain values that it reads.
 
-    Of a library's, and without a file, "".
+    A library's code, or code without a file, is "".
     """
     if isinstance(part, partial):
         given = [value for value in (*part.args, *part.keywords.items()) if _is_plain(value)]

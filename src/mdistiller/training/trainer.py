@@ -187,7 +187,7 @@ class Trainer:
         self.epoch_start = self.clock()  # for a stop before the next epoch
 
     def _check_finite(self) -> None:
-        """Checks the weights: a gradient can be bad where the loss is not, and a saved state must be good."""
+        """Checks the weights, which may be infinite or NaN after a finite loss, before a state is saved."""
         tensors = {k: v for k, v in self.distiller.state_dict().items() if v.is_floating_point()}
         finite = torch.stack([value.isfinite().all() for value in tensors.values()])
         if not finite.all():

@@ -139,6 +139,10 @@ def test_labels_from_python(tmp_path, form):
     assert run.metrics[-1]["last"]["mAP"] == pytest.approx(np.mean(precisions), abs=1e-3)
     with pytest.raises(ConfigError, match="task='multilabel'"):
         mdistiller.distill("resnet8", None, data, "none", **quick | {"out": tmp_path / "other"})
+    student = mdistiller.distill(
+        "resnet8", run, data, task="multilabel", **quick | {"out": tmp_path / "student"}
+    )
+    assert student.config.method.method_name == "binary_kd"
 
 
 @pytest.mark.parametrize(

@@ -347,7 +347,7 @@ def test_a_teacher_of_other_images_gets_its_own(squares, teacher, tmp_path):
 
 def test_other_settings_that_are_refused(squares, tmp_path):
     one = student(squares)
-    with pytest.raises(ConfigError, match="teacher_cache: got a folder; a teacher of segmentation runs live"):
+    with pytest.raises(ConfigError, match="teacher_cache: got a folder; a segmentation teacher runs live"):
         one.replace(teacher_cache=tmp_path)
     with pytest.raises(ConfigError, match="rising factors"):
         one.replace(augment={"scale": (2.0, 0.5)})

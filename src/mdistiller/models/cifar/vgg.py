@@ -22,7 +22,7 @@ class VGG(nn.Module):
     """VGG with five blocks of 64 to 512 channels and max pooling between them.
 
     The first block is the stem, the others are the four stages. The last two are separated by a pooling
-    only for images of height 64 (Tiny-ImageNet). `convolutions` counts those of each block.
+    only for images of height 64 (Tiny-ImageNet). `convolutions` is their number in each block.
     """
 
     def __init__(self, convolutions: Sequence[int], num_classes: int) -> None:

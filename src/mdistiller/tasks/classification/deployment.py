@@ -149,7 +149,7 @@ image = image.crop((left, top, left + {size}, top + {size}))
 
 
 def _form(fields: ModelInput) -> tuple[int, Triple, Triple]:
-    """Returns side, mean and standard deviation of the images, which every classifier has."""
+    """Returns side, mean and standard deviation of the images; a classifier's file always stores them."""
     size, mean, std = fields.image_size, fields.mean, fields.std
     assert size is not None
     assert mean is not None

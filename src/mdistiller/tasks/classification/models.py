@@ -122,7 +122,7 @@ def has_logits(teacher: nn.Module, data: Splits) -> bool:
 def own_input(teacher: ModelConfig) -> InputConfig:
     """Returns mean, standard deviation and size of a teacher's images, None where they are the data's.
 
-    They are those in its config, then those of its weights.
+    Its config comes first, then its weights.
     """
     known = _input_of_weights(teacher)
     return InputConfig(
@@ -179,7 +179,7 @@ class Ensemble(nn.Module):
 def class_order(
     theirs: Sequence[str], source: object, data: Splits, *, strict: bool = True
 ) -> list[int] | None:
-    """Returns the places of the data's classes among a teacher's, and warns; None where nothing moves.
+    """Returns the positions of the data's classes among a teacher's, and warns; None if the order is equal.
 
     Raises:
         CheckpointError: the classes have other names, where the data's names came with it and `strict`.
@@ -202,7 +202,7 @@ def class_order(
 
 
 def order_classes(model: nn.Module, checkpoint: Path | None, data: Splits, *, strict: bool = True) -> None:
-    """Puts the classes of a run's model into the data's order, as `class_order`, in place.
+    """Reorders the classes of a run's model to match the data, as `class_order`, in place.
 
     `checkpoint` is its run, or its file; without names of classes nothing is compared.
 

@@ -22,6 +22,7 @@ register_family(
     MultiLabelFamily(
         lambda model: _several(basic.folder(model)),
         ("torchvision/resnet50_torchvision/resnet18",),
+        method="binary_kd",
         photographs=True,
         finetune=lambda model: _several(basic.finetune(model)),
     ),

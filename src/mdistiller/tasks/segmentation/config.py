@@ -80,7 +80,7 @@ class SegmentationConfig(DenseConfig):
         "compile": ("off", "a segmentation model runs without torch.compile"),
         "teacher_cache": (
             None,
-            "got a folder; a teacher of segmentation runs live, since its outputs for one random crop are "
+            "got a folder; a segmentation teacher runs live, because its outputs for one random crop are "
             "classes x height x width numbers",
         ),
     }

@@ -82,7 +82,7 @@ class MaskFiles(_Masks):
         return self.images[index]
 
     def read(self, index: int) -> tuple[Image.Image, Mask]:
-        """Reads an RGB image and its mask [H, W] of class ids, 255 where a pixel has none.
+        """Reads an RGB image and its mask [H, W] of class ids; 255 marks pixels without a class.
 
         Raises:
             DataError: a file cannot be read, a mask has another size or a value that is no class.
@@ -164,7 +164,7 @@ def load_segmentation(config: SegmentationDataConfig) -> DenseSplits[Segmentatio
     """Reads both splits.
 
     Raises:
-        DataError: as `load_split`; other classes, or an image in both.
+        DataError: as `load_split`; the splits differ in their classes or share an image.
         ConfigError: as `load_split`; val_fraction for a set with test images.
     """
     train, test = load_split(config, "train"), load_split(config, "test")

@@ -32,8 +32,8 @@ def correlations(found: ClassifierOutputs, rows: PageRows) -> list[html.Section]
         parts.append(_matrix_chart(f"correlation-{i}", label, matrix, top, found.splits.classes))
     caption = (
         f"Pearson's correlation of every two classes' logits over {found.images:,} test images: the absolute "
-        "difference between student (first seed) and teacher, as in Figure 4 of the DKD paper. Faint: the "
-        f"two classes are related for the student as they are for the teacher. Full color: {top:.2f}."
+        "difference between student (first seed) and teacher, as in Figure 4 of the DKD paper. Faint: "
+        f"student and teacher relate the two classes equally. Full color: {top:.2f}."
     )
     if len(shown) < len(found.teachers):
         caption += f" {len(shown)} of {len(found.teachers)} rows are drawn."
