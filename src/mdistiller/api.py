@@ -204,8 +204,7 @@ class Run:
         """Continues the run from its last state to its end, and returns it."""
         with self.objects.known():
             config = load_config(self.folder / CONFIG, whole=True).model_copy(update={"out": self.path})
-            result = launch.train(config, resume=True, reporter=_display(reporter), usual=_usual(config))
-        return _finished(result, self.objects)
+            return _train(config, self.objects, resume=True, reporter=reporter)
 
 
 def train(
@@ -244,8 +243,7 @@ def train(
             changes["augment"] = {"crop": "auto", **augment} if isinstance(augment, Mapping) else augment
     with objects.known():
         config = _with_plugins(config, plugins).replace(**changes)
-        result = launch.train(config, resume=resume, reporter=_display(reporter), usual=_usual(config))
-    return _finished(result, objects)
+        return _train(config, objects, resume=resume, reporter=reporter)
 
 
 def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | None:
@@ -374,8 +372,7 @@ def distill(
         if first is not None:
             config = first.fit_data(config)
         config = _with_plugins(config, plugins).replace(data=data_fields, **settings)
-        result = launch.train(config, resume=resume, reporter=_display(reporter), usual=_usual(config))
-    return _finished(result, objects)
+        return _train(config, objects, resume=resume, reporter=reporter)
 
 
 def _with_plugins(config: RunConfig, files: Sequence[str | Path]) -> RunConfig:
@@ -383,15 +380,10 @@ def _with_plugins(config: RunConfig, files: Sequence[str | Path]) -> RunConfig:
     return config.model_copy(update={"plugins": tuple(dict.fromkeys(found))})
 
 
-def _display(reporter: Shown) -> Reporter | None:
-    return ProgressDisplay() if reporter is None else reporter or None
-
-
-def _usual(config: RunConfig) -> RunConfig | None:
-    return recipe_of(config) if config.log else None
-
-
-def _finished(result: launch.RunResult, objects: Objects) -> Run:
+def _train(config: RunConfig, objects: Objects, *, resume: bool, reporter: Shown) -> Run:
+    display = ProgressDisplay() if reporter is None else reporter or None
+    usual = recipe_of(config) if config.log else None
+    result = launch.train(config, resume=resume, reporter=display, usual=usual)
     run = Run.__new__(Run)
     run.path, run.objects, run._summary = result.path, objects, result.summary
     return run

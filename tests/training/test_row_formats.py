@@ -13,7 +13,7 @@ from mdistiller.data.draws import Draws
 from mdistiller.functional import dist_loss, dkd_loss, kd_loss
 from mdistiller.methods.lskd import standardize
 from mdistiller.models import load_weights
-from mdistiller.training.row_store import Half, Int8, Int8Tokens
+from mdistiller.training.row_store import Half, Int8
 from mdistiller.types import Batch
 
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -50,7 +50,7 @@ def test_int8_is_its_formula(size):
 
 @pytest.mark.parametrize(("tokens", "channels"), [(1, 3), (5, 1), (17, 48)])
 def test_tokens_have_a_scale_for_each_channel(tokens, channels):
-    form = Int8Tokens(tokens * channels, channels)
+    form = Int8(tokens * channels, channels)
     random = np.random.default_rng(0)
     values = random.normal(0, random.uniform(0, 1, channels) ** 4 * 100, (20, tokens, channels))
     values[..., 0] = 3.0  # constant

@@ -6,7 +6,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from mdistiller.report.runs import RunRecord, find_baseline, group, load_run, ma
 from mdistiller.runs.checkpoint import write_text
 from mdistiller.runs.environment import this_machine
 from mdistiller.training.deployment import Model, ModelInput
+from mdistiller.types import Line
 
 
 class CompareCommand(Command):
@@ -84,13 +85,10 @@ class _Member:
     label: str
     file: StudentFile
     config: RunConfig
+    fields: ModelInput
+    """Classes and form of the input of the run's models."""
     data: Callable[[], Any]
     """Reads the test set on its first call."""
-
-    @property
-    def fields(self) -> ModelInput:
-        """Classes and form of the input of the run's models."""
-        return ModelInput(**self.file.fields)
 
     def images(self, count: int) -> Tensor:
         """Returns a batch of prepared images, on which the models are timed."""
@@ -104,13 +102,13 @@ class _Member:
         return images
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Entry:
-    """A model to compare; `member` is the run whose test set and baseline it has."""
+    """A model to compare, and its row; `member` is the run whose test set and baseline it has."""
 
     member: _Member
     model: Model
-    row: ComparedModel
+    row: Line
     is_student: bool = False
 
 
@@ -145,18 +143,20 @@ def compare(
     shapes = [tuple(members[0].images(batch).shape) for batch in batches]
     entries = _entries(members, exports)
     for entry in entries if evaluate else ():
-        entry.row = entry.row.model_copy(update={"metric": _metric(entry)})
+        member, cpu = entry.member, torch.device("cpu")
+        (metrics,) = member.file.deployment.evaluate([entry.model], member.config, member.data(), cpu)
+        entry.row["metric"] = float(metrics[member.run.metric])
     for batch in batches:
         calls = [(entry.model, entry.member.images(batch)) for entry in entries]
         for entry, ms in zip(entries, milliseconds(calls, batch), strict=True):
-            entry.row.ms[batch] = ms
+            entry.row["ms"][batch] = ms
     found = Comparison(
         test_set=tests[0],
         metric=runs[0].metric,
         measured=evaluate,
         machine=this_machine(),
         image_shape=shapes[0],
-        rows=[e.row.model_copy(update={"over_alone": _over_alone(e, entries, groups)}) for e in entries],
+        rows=[ComparedModel(**e.row, over_alone=_over_alone(e, entries, groups)) for e in entries],
     )
     for run in runs:
         try:
@@ -179,53 +179,43 @@ def _members(runs: Sequence[RunRecord], groups: Mapping[str, Sequence[RunRecord]
         assert config is not None  # `load_run` has read it
         key = (config.data_settings or config).model_dump_json()
         read = sets.setdefault(key, cache(partial(file.deployment.load_test_set, config)))
-        found.append(_Member(run, label, file, config, read))
+        found.append(_Member(run, label, file, config, ModelInput(**file.fields), read))
     return found
 
 
 def _entries(members: Sequence[_Member], exports: Sequence[Path]) -> list[_Entry]:
-    found, teacher_file = [], None
+    found: list[_Entry] = []
+    teacher_file: Path | None = None
     names = teacher_names([member.run for member in members])
-    for member in members:
-        if member.run.teacher in (None, SELF):
-            continue
+    for taught in [member for member in members if member.run.teacher not in (None, SELF)][:1]:
         try:
-            found.append(_teacher(member, names[member.run.taught_by]))
+            config, files = _teacher_files(taught)
+            module = taught.file.task.build_teacher(config, taught.data()).eval()
+            recorded = make_row("", [taught.run]).teacher
+            found.append(_entry(taught, names[taught.run.taught_by], module, files, recorded))
+            teacher_file = files[0].resolve()
         except (MDistillerError, OSError) as error:
             warnings.warn(f"teacher left out: {error}", stacklevel=3)
-        else:
-            teacher = member.config.teacher
-            if teacher is not None and teacher.checkpoint is not None:
-                teacher_file = find_weights(teacher.checkpoint).resolve()
-        break
-    left = {folder: folder.resolve().parents for folder in exports}
-    for member in sorted(members, key=lambda member: _rank(member, teacher_file)):
-        is_teacher = _rank(member, teacher_file) == 0
-        if is_teacher:
-            member = replace(member, label=found[0].row.label)
-        student = _student(member)
-        if not is_teacher:  # the teacher has a row
+
+    def rank(member: _Member) -> int:
+        """Returns the position of a run: the teacher's, one without a teacher, a distilled one."""
+        if (member.run.path / STUDENT_FILE).resolve() == teacher_file:
+            return 0
+        return 1 if member.run.teacher is None else 2
+
+    owners = [(folder, _owner(folder, members)) for folder in exports]
+    for member in sorted(members, key=rank):
+        label = member.label if rank(member) else found[0].row["label"]
+        file, recorded = member.file, member.run.evals[-1].value
+        student = _entry(member, label, file.load(), [file.path], recorded, is_student=True)
+        if rank(member):  # the teacher has a row
             found.append(student)
-        for folder in [folder for folder, parents in left.items() if member.run.path.resolve() in parents]:
-            found.append(_export(folder, member, student))
-            del left[folder]
-    for folder in left:
-        model = load_export(folder, "cpu").card
-        owners = [m for m in members if isinstance(model, Card) and m.run.student == model.model]
-        if not owners:
-            raise CheckpointError(f"exports: {folder} has no student of these runs' models")
-        found.append(_export(folder, owners[0], _student(owners[0])))
+        found += [_export(folder, student) for folder, owner in owners if owner is member]
     return found
 
 
-def _rank(member: _Member, teacher_file: Path | None) -> int:
-    """Returns the sort key of a run: the teacher, then runs without a teacher, then distilled ones."""
-    if (member.run.path / STUDENT_FILE).resolve() == teacher_file:
-        return 0
-    return 1 if member.run.teacher is None else 2
-
-
-def _teacher(member: _Member, label: str) -> _Entry:
+def _teacher_files(member: _Member) -> tuple[RunConfig, list[Path]]:
+    """Returns the config that builds a run's teacher, and the files of its weights."""
     # A run's settings are read with method "none", which has no teacher.
     config, _ = member.config.replace(method={"name": "kd"}).by_teacher()[0]
     files = [find_weights(t.checkpoint) for t in config.teachers if t.checkpoint is not None]
@@ -233,34 +223,37 @@ def _teacher(member: _Member, label: str) -> _Entry:
         raise ConfigError(f"a teacher of {member.run.path} has no checkpoint file")
     for teacher in config.teachers:  # a backbone has no metric
         member.file.task.check_model(teacher.name)
-    module = member.file.task.build_teacher(config, member.data()).eval()
-    return _entry(label, member, module, files, make_row("", [member.run]).teacher)
+    return config, files
 
 
-def _student(member: _Member) -> _Entry:
-    module, file = member.file.load(), member.file.path
-    entry = _entry(member.label, member, module, [file], member.run.evals[-1].value)
-    return replace(entry, is_student=True)
+def _owner(folder: Path, members: Sequence[_Member]) -> _Member:
+    """Returns the run of an export: the one in whose folder it is, or the first with its model."""
+    owners = [member for member in members if member.run.path.resolve() in folder.resolve().parents]
+    if not owners:
+        card = load_export(folder, "cpu").card
+        owners = [m for m in members if isinstance(card, Card) and m.run.student == card.model]
+    if not owners:
+        raise CheckpointError(f"exports: {folder} has no student of these runs' models")
+    return owners[0]
 
 
 def _entry(
-    label: str, member: _Member, module: nn.Module, files: Sequence[Path], recorded: float | None
+    member: _Member,
+    label: str,
+    module: nn.Module,
+    files: Sequence[Path],
+    recorded: float | None,
+    *,
+    is_student: bool = False,
 ) -> _Entry:
-    model = member.file.deployment.as_model(module)
-    row = ComparedModel(
-        label=label,
-        metric=recorded,
-        over_alone=None,
-        parameters=sum(p.numel() for p in module.parameters()),
-        macs=count_macs(model, member.images(1)),
-        bytes=sum(file.stat().st_size for file in files),
-        ms={},
-    )
-    return _Entry(member, model, row)
+    model, parameters = member.file.deployment.as_model(module), sum(p.numel() for p in module.parameters())
+    row: Line = {"label": label, "metric": recorded, "parameters": parameters, "ms": {}}
+    row |= {"macs": count_macs(model, member.images(1)), "bytes": sum(file.stat().st_size for file in files)}
+    return _Entry(member, model, row, is_student)
 
 
-def _export(folder: Path, member: _Member, student: _Entry) -> _Entry:
-    exported = load_export(folder, "cpu")
+def _export(folder: Path, student: _Entry) -> _Entry:
+    exported, member = load_export(folder, "cpu"), student.member
     card = exported.card
     assert isinstance(card, Card)
     for name in ("classes", "image_size"):
@@ -268,36 +261,22 @@ def _export(folder: Path, member: _Member, student: _Entry) -> _Entry:
             raise CheckpointError(f"{folder} has other {name} than {member.run.path}")
     kind = f"{card.format} int8" if card.int8 else card.format
     weights = "" if card.student == STUDENT_FILE else f" of {card.student}"
-    row = ComparedModel(
-        label=f"{member.label}, {kind}{weights}",
-        metric=None if card.measured is None else card.measured.value,
-        over_alone=None,
-        parameters=card.parameters,
-        macs=card.macs or student.row.macs,
-        bytes=(folder / card.file).stat().st_size,
-        ms={},
-    )
+    row: Line = {"label": f"{student.row['label']}, {kind}{weights}", "parameters": card.parameters}
+    row |= {"macs": card.macs or student.row["macs"], "bytes": (folder / card.file).stat().st_size}
+    row |= {"metric": None if card.measured is None else card.measured.value, "ms": {}}
     return _Entry(member, exported.model, row)
-
-
-def _metric(entry: _Entry) -> float:
-    """Computes the metric of a model on its run's test set."""
-    member = entry.member
-    evaluate = member.file.deployment.evaluate
-    (found,) = evaluate([entry.model], member.config, member.data(), torch.device("cpu"))
-    return float(found[member.run.metric])
 
 
 def _over_alone(
     entry: _Entry, entries: Sequence[_Entry], groups: Mapping[str, Sequence[RunRecord]]
 ) -> float | None:
     """Returns a metric minus the mean of the student alone over seeds."""
-    run, value = entry.member.run, entry.row.metric
+    run, value = entry.member.run, entry.row["metric"]
     is_alone = run.teacher is None
     if value is None or (is_alone and entry.is_student):
         return None
     label = next(k for k, v in groups.items() if run in v) if is_alone else find_baseline(run, groups)
     paths = {member.path for member in groups.get(label or "", ())}
-    students = [e.row.metric for e in entries if e.is_student and e.member.run.path in paths]
+    students = [e.row["metric"] for e in entries if e.is_student and e.member.run.path in paths]
     alone = [metric for metric in students if metric is not None]
     return value - statistics.fmean(alone) if alone else None

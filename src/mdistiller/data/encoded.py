@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, Self, TypedDict
+from typing import BinaryIO, Protocol, Self
 
 import numpy as np
 import torch
@@ -54,6 +54,10 @@ class EncodedSet(StreamSet):
         sample: Path | Row = self.samples[index]
         file = sample if isinstance(sample, Path) else sample.file()
         return plain(file) if isinstance(file, Path) else file
+
+    def of(self, samples: Sequence[Path | Row], labels: Tensor) -> Self:
+        """Returns a set of other images that is read in the same way."""
+        return replace(self, samples=np.array(samples, dtype=object), labels=labels)
 
     def select(self, indices: Tensor) -> Self:
         return replace(self, labels=self.labels[indices], samples=self.samples[indices.numpy()])
@@ -116,21 +120,13 @@ def _sizes(images: EncodedSet) -> Iterator[tuple[int, int]]:
             continue
 
 
-class ReadOptions(TypedDict):
-    """Fields of an `EncodedSet` that follow from a config."""
-
-    image_size: int
-    resize: int
-    on_error: Literal["raise", "skip"]
-
-
-def read_options(config: DataConfig, default_size: int) -> ReadOptions:
-    """Returns the fields of an `EncodedSet` from a config; ConfigError for a resize smaller than the crop."""
+def empty_set(config: DataConfig, default_size: int) -> EncodedSet:
+    """Returns a set without images that is read as a config says; ConfigError for a resize below the crop."""
     size = config.image_size or default_size
     resize = config.resize or size
     if resize < size:
         raise ConfigError(f"resize: got {resize}, need at least image_size {size}")
-    return {"image_size": size, "resize": resize, "on_error": config.on_error}
+    return replace(as_encoded([]), image_size=size, resize=resize, on_error=config.on_error)
 
 
 def make_splits(train: EncodedSet, test: EncodedSet, classes: tuple[str, ...], description: str) -> Splits:

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mdistiller.data.config import DataConfig
@@ -14,10 +13,9 @@ from mdistiller.data.dataset import Splits
 from mdistiller.data.encoded import (
     IMAGE_SUFFIXES,
     EncodedSet,
-    ReadOptions,
     check_classes,
+    empty_set,
     make_splits,
-    read_options,
     some,
 )
 from mdistiller.data.layout import (
@@ -62,12 +60,12 @@ def load_folder(config: DataConfig) -> Splits:
     count. Nothing there, another layout, or classes of the test images alone are a DataError.
     """
     tiny = config.kind == "tiny-imagenet"
-    options = read_options(config, 64 if tiny else 224)
+    empty = empty_set(config, 64 if tiny else 224)
     if not config.labeled:
-        return _load_images(config, options)
+        return _load_images(config, empty)
     train_from, test_from = _find_splits(config, tiny)
     if config.multi_label:
-        return _load_multi_label(config, train_from, test_from, options)
+        return _load_multi_label(config, train_from, test_from, empty)
     others: Counter[str] = Counter()
     train_files = {} if train_from is None else _files_of(train_from, config.on_error, others)
     test_files = {} if test_from is None else _files_of(test_from, config.on_error, others, is_test=True)
@@ -95,12 +93,12 @@ def load_folder(config: DataConfig) -> Splits:
     check_classes(set(known), set(test_files), train_from or test_from, test_from)
     is_list_of = is_list(train_from or test_from or config.root)
     classes = sort_classes(known) if is_list_of else tuple(sorted(known))
-    train = _file_set(classes, train_files, unlabeled, options)
-    test = _file_set(classes, test_files, left_out, options)
+    train = _file_set(classes, train_files, unlabeled, empty)
+    test = _file_set(classes, test_files, left_out, empty)
     return make_splits(train, test, classes, "Tiny-ImageNet" if tiny else f"images in {config.root}")
 
 
-def _load_images(config: DataConfig, options: ReadOptions) -> Splits:
+def _load_images(config: DataConfig, empty: EncodedSet) -> Splits:
     """Reads images without labels: of train/ and val/ if both are there, else all below root, or a list."""
     root = config.root
     if not is_list(root) and not root.is_dir():
@@ -113,17 +111,17 @@ def _load_images(config: DataConfig, options: ReadOptions) -> Splits:
 
     def read(source: Path) -> EncodedSet:
         files = read_paths(source, config.on_error) if is_list(source) else list(images_below(source))
-        return _file_set((), {}, files, options)
+        return empty.of(files, torch.full((len(files),), IGNORED))
 
     train = read(train_from or root)
     if not len(train):
         raise DataError(f"{train_from or root} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
-    test = train.select(torch.arange(0)) if test_from is None else read(test_from)
+    test = empty if test_from is None else read(test_from)
     return make_splits(train, test, (), f"images in {root}")
 
 
 def _load_multi_label(
-    config: DataConfig, train_from: Path | None, test_from: Path | None, options: ReadOptions
+    config: DataConfig, train_from: Path | None, test_from: Path | None, empty: EncodedSet
 ) -> Splits:
     if train_from is None or not all(is_list(split) for split in (train_from, test_from) if split):
         raise DataError(
@@ -133,23 +131,20 @@ def _load_multi_label(
     folder = subfolder(config.root, UNLABELED) if config.root.is_dir() else None
     unlabeled = [] if folder is None else list(images_below(folder))
     unknown = torch.full((len(unlabeled), len(classes)), float(IGNORED))
-    samples = np.array(files + unlabeled, dtype=object)
-    train = EncodedSet(samples=samples, labels=torch.cat([labels, unknown]), **options)
+    train = empty.of(files + unlabeled, torch.cat([labels, unknown]))
     test = train.select(torch.arange(0))
     if test_from is not None:
         files, _, labels = read_multi_label_list(test_from, config.on_error, classes)
-        test = EncodedSet(samples=np.array(files, dtype=object), labels=labels, **options)
+        test = empty.of(files, labels)
     return make_splits(train, test, classes, f"images in {config.root}")
 
 
 def _file_set(
-    classes: tuple[str, ...], files: dict[str, list[Path]], unlabeled: list[Path], options: ReadOptions
+    classes: tuple[str, ...], files: dict[str, list[Path]], unlabeled: list[Path], empty: EncodedSet
 ) -> EncodedSet:
     samples = [path for name in classes for path in files.get(name, ())] + unlabeled
     labels = [i for i, name in enumerate(classes) for _ in files.get(name, ())] + [IGNORED] * len(unlabeled)
-    return EncodedSet(
-        samples=np.array(samples, dtype=object), labels=torch.tensor(labels, dtype=torch.int64), **options
-    )
+    return empty.of(samples, torch.tensor(labels, dtype=torch.int64))
 
 
 def _files_of(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import EncodedSet, ReadOptions, make_splits, read_options, some
+from mdistiller.data.encoded import EncodedSet, empty_set, make_splits, some
 from mdistiller.data.layout import ADVICE, TEST, TRAIN, VALIDATION, evaluation_split
 from mdistiller.data.lists import LABEL_COLUMNS, sort_classes
 from mdistiller.data.registry import register_dataset
@@ -56,6 +56,8 @@ def load_hf(config: DataConfig) -> Splits:
         DataError: no data set is there, or it has no such split, column or image.
     """
     found = _open(config.root)
+    import datasets
+
     splits = {
         split: next((found[name] for name in names if name in found), None)
         for split, names in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST))
@@ -70,16 +72,18 @@ def load_hf(config: DataConfig) -> Splits:
     classes: tuple[str, ...] = ()
     if label is not None:
         classes, class_ids = _classes(config, train, label)
-    options = read_options(config, 224)
+    empty = empty_set(config, 224)
 
     def rows_of(rows: "Dataset", split: str) -> EncodedSet:
         if missing := {image, *([label] if label else [])} - set(rows.column_names):
             raise DataError(f"{config.root}: split {split} has no column {missing.pop()!r}")
         labels = class_ids(rows, split) if label else torch.full((len(rows),), IGNORED)
-        return _row_set(rows, image, labels, config.root / split, options)
+        images = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        origin = config.root / split
+        return empty.of([DatasetRow(images, image, origin, i) for i in range(len(images))], labels)
 
     first = rows_of(train, "train")
-    second = first.select(torch.arange(0)) if test is None else rows_of(test, config.eval_split)
+    second = empty if test is None else rows_of(test, config.eval_split)
     return make_splits(first, second, classes, f"images of the data set in {config.root}")
 
 
@@ -184,11 +188,3 @@ def _classes(
         return torch.tensor([position[value] for value in values], dtype=torch.int64)
 
     return names, class_ids
-
-
-def _row_set(rows: "Dataset", column: str, labels: Tensor, origin: Path, options: ReadOptions) -> EncodedSet:
-    import datasets
-
-    images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    samples = [DatasetRow(images, column, origin, i) for i in range(len(images))]
-    return EncodedSet(samples=np.array(samples, dtype=object), labels=labels, **options)

@@ -4,7 +4,6 @@ import warnings
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
 import torch
 
 from mdistiller.data.config import DataConfig
@@ -13,6 +12,7 @@ from mdistiller.data.encoded import (
     IMAGE_SUFFIXES,
     EncodedSet,
     are_squares,
+    as_encoded,
     decode,
     drop_unreadable,
     small_side,
@@ -135,23 +135,19 @@ def _add_unlabeled(images: Images, config: DataConfig) -> Images:
     folder = config.unlabeled
     if folder is None or not folder.is_dir():
         raise DataError(f"data.unlabeled: {folder} is no folder")
-    files = np.array(list(images_below(folder)), dtype=object)
-    if not len(files):
+    files = list(images_below(folder))
+    if not files:
         raise DataError(f"data.unlabeled: {folder} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
-    if isinstance(images, ImageSet):
-        size = resize = images.images.shape[1]
-    elif isinstance(images, EncodedSet):
-        size, resize = images.image_size, images.resize
-    else:
+    labels = torch.full((len(files), *images.labels.shape[1:]), IGNORED, dtype=images.labels.dtype)
+    if isinstance(images, EncodedSet):
+        return images.of([*images.samples, *files], torch.cat([images.labels, labels]))
+    if not isinstance(images, ImageSet):
         raise ConfigError(
             f"data.unlabeled: data set {config.kind!r} is a stream of its own; allowed are image files, "
             "kind hf and arrays"
         )
-    labels = torch.full((len(files), *images.labels.shape[1:]), IGNORED, dtype=images.labels.dtype)
-    added = EncodedSet(samples=files, labels=labels, image_size=size, resize=resize, on_error=config.on_error)
-    if isinstance(images, EncodedSet):
-        samples, labels = np.concatenate([images.samples, files]), torch.cat([images.labels, labels])
-        return replace(images, samples=samples, labels=labels)
+    size = images.images.shape[1]
+    added = replace(as_encoded(files), labels=labels, image_size=size, resize=size, on_error=config.on_error)
     decoded = decode(added, config.workers)
     return ImageSet(
         images=torch.cat([images.images, decoded.images]), labels=torch.cat([images.labels, decoded.labels])

@@ -182,25 +182,12 @@ class ImageBatches(BatchSource[Batch]):
                 )
             return live
         config.check_cache()
-        size = self.splits.image_size
-        image = torch.zeros(1, 3, size, size, device=self.world.device)
-        return CachedTeacher(
-            live,
-            folder,
-            self.rows,
-            method.teacher_taps,
-            models=config.teachers,
-            num_views=self.num_views,
-            image=image,
-            precision=self.precision,
-        )
+        self.rows.num_views = self.num_views
+        return CachedTeacher(live, config, self.rows, method.teacher_taps)
 
     def arrange(self, precision: torch.dtype, layout: torch.memory_format, teacher: Teacher | None) -> None:
         super().arrange(precision, layout, teacher)
-        self.augment.memory_format = layout
-        for member in () if teacher is None else teacher.members:
-            if isinstance(member, CachedTeacher):
-                member.precision = precision
+        self.augment.memory_format, self.rows.precision = layout, precision
 
     def prepare(self, raw: Sequence[Batch], step: int) -> list[Batch]:
         """Augments the raw batches of some steps together.

@@ -25,30 +25,16 @@ class CachedTeacher(Teacher):
 
     Args:
         live: the teacher, with all taps that the cache stores.
-        folder: folder of the cache.
+        config: the run's config, with this teacher alone.
         rows: the rows of the training images.
         taps: names of the features to return with the logits.
-        models: config of the teacher, or of the teachers that act as one.
-        num_views: views of each image in a batch.
-        image: an image of zeros [1, 3, H, W] on the device, from which the sizes of the outputs follow.
-        precision: precision of the teacher's passes, a part of what the rows depend on.
     """
 
-    def __init__(
-        self,
-        live: LiveTeacher,
-        folder: Path,
-        rows: "CacheRows",
-        taps: Sequence[str],
-        *,
-        models: Sequence[ModelConfig],
-        num_views: int,
-        image: Tensor,
-        precision: torch.dtype,
-    ) -> None:
+    def __init__(self, live: LiveTeacher, config: Any, rows: "CacheRows", taps: Sequence[str]) -> None:
         super().__init__(live.model)
-        self._live, self.folder, self.rows, self.taps = live, folder, rows, tuple(taps)
-        self.models, self.num_views, self.image, self.precision = models, num_views, image, precision
+        self._live, self.rows, self.taps = live, rows, tuple(taps)
+        self.folder: Path = config.teacher_cache
+        self.models: list[ModelConfig] = config.teachers
         self.cache: TeacherCache | None = None
         self.read: tuple[str, ...] = ()
         """The logits, where the teacher has some."""
@@ -63,25 +49,22 @@ class CachedTeacher(Teacher):
         Raises:
             ConfigError: a folder that is a file, whose disk is too small, or with another teacher's rows.
         """
-        index = torch.zeros(1, dtype=torch.int64)
-        pattern = torch.arange(self.image.numel(), device=self.image.device) * 7919 % 251 / 125 - 1
-        outputs = self.live(Batch(pattern.view_as(self.image), index, index))
+        index, shape = torch.zeros(1, dtype=torch.int64), (1, *self.rows.image_shape)
+        pattern = torch.arange(math.prod(shape), device=self.rows.augment.mean.device) * 7919 % 251 / 125 - 1
+        outputs = self.live(Batch(pattern.view(shape), index, index))
         self.read = (LOGITS,) if outputs.logits.ndim > 1 else ()
         self.shapes = {name: x.shape[1:] for name, x in outputs.features.items() if x.ndim > 2}
-        key = {
-            "teacher": teacher_key(self, self.models),
-            "precision": str(self.precision),
-        }
+        key = {"teacher": teacher_key(self, self.models), "precision": str(self.rows.precision)}
         key["data"] = identity(self.rows.splits.train, self.rows.config.data.workers)
-        self.cache = TeacherCache(self.folder, self.rows.streams(self.num_views, key, outputs))
+        self.cache = TeacherCache(self.folder, self.rows.streams(key, outputs))
         self.cache.check(self._values(outputs))
         return [*super().open(), self.cache.describe()]
 
     def full_bytes(self) -> int:
         """Computes the size of the cache with all rows, in bytes."""
-        data = DataInfo(tuple(self.image.shape[1:]), logits_of=self.live.taps.where)
+        data = DataInfo(self.rows.image_shape, logits_of=self.live.taps.where)
         outputs = probe(self.model, self.live.taps.names, data)
-        views = self.rows.streams(self.num_views, {}, outputs)
+        views = self.rows.streams({}, outputs)
         # Views that fall together share a file.
         sizes = {stream.digest(): stream.full_bytes for kinds in views for stream in kinds.values()}
         return sum(sizes.values())
@@ -92,11 +75,11 @@ class CachedTeacher(Teacher):
     def ask(self, batches: Sequence[AnyBatch]) -> list[Outputs]:
         if self.cache is None:  # measured before the first step
             return self.live.ask(batches)
-        device, views = batches[0].image.device, []  # for each view the outputs of each batch
-        for view in range(self.num_views):
-            images = [batch.image.chunk(self.num_views)[view] for batch in batches]
+        device, count, views = batches[0].image.device, self.rows.num_views, []
+        for view in range(count):  # the outputs of each batch
+            images = [batch.image.chunk(count)[view] for batch in batches]
             rows = [batch.rows for batch in batches if isinstance(batch, Batch) and batch.rows is not None]
-            numbers = [part.chunk(self.num_views)[view] for part in rows]
+            numbers = [part.chunk(count)[view] for part in rows]
             found = self.cache.fill(
                 view,
                 torch.cat(numbers).cpu().numpy(),
@@ -107,7 +90,7 @@ class CachedTeacher(Teacher):
             parts = {k: torch.from_numpy(values).to(device).split(sizes) for k, values in found.items()}
             views.append([{k: v[i] for k, v in parts.items()} for i in range(len(batches))])
         outputs = views[0]
-        if self.num_views > 1:
+        if count > 1:
             steps = zip(*views, strict=True)
             outputs = [{k: torch.cat([part[k] for part in step]) for k in step[0]} for step in steps]
         for name in self.shapes.keys() & {*self.taps}:
@@ -140,20 +123,24 @@ class CacheRows:
         splits: the data, whose training images are read as in the run.
         augment: the run's augmentation.
         steps: batches of an epoch.
+
+    Attributes:
+        num_views: the methods' views of each image in a batch.
+        precision: that of the teacher's passes, on which the rows depend too.
     """
 
     def __init__(self, config: Any, splits: Splits, augment: Augment, steps: int) -> None:
         self.config, self.splits, self.augment, self.steps = config, splits, augment, steps
-        size = splits.image_size
-        self.images = len(splits.train)
+        self.num_views, self.precision = 1, torch.float32
+        self.images, size = len(splits.train), splits.image_size
+        self.image_shape = (3, size, size)
         self.variants = augment.variants(torch.empty(0, size, size, 3))
         self._are_variants = self._by_variant(0), self._by_variant(1)
 
-    def streams(self, num_views: int, key: Line, outputs: Outputs) -> list[dict[str, Stream]]:
+    def streams(self, key: Line, outputs: Outputs) -> list[dict[str, Stream]]:
         """Returns the files' contents for each of the methods' views, by kind of output.
 
         Args:
-            num_views: number of the methods' views.
             key: what else the rows depend on: teacher, precision and data.
             outputs: logits and all features to store, of any images.
         """
@@ -161,7 +148,7 @@ class CacheRows:
         common = key | {"mean": self.augment.mean.tolist(), "std": self.augment.std.tolist()}
         common["image_size"] = self.splits.image_size
         views = []
-        for view in range(num_views):
+        for view in range(self.num_views):
             key = {**common, "augment": self.augment.settings(strong=view > 0)}
             if not self._by_variant(view):
                 key |= {"augment_seed": self.config.augment_seed, "view": view}

@@ -138,59 +138,47 @@ class Half(RowFormat):
 
 
 class Int8(RowFormat):
-    """Logits in one byte each, with an offset and a scale a row, and the two largest in half precision.
+    """Vectors in one byte a number, with an offset and a scale for each channel of a row.
 
-    The two largest carry most of the probability, and their gap is far larger than that of the others, so the
-    scale is that of the others alone.
+    Logits are one channel, whose two largest are kept in half precision: they carry most of the probability,
+    and their gap is far larger than that of the others, so the scale is that of the others alone.
+
+    Args:
+        size: numbers in a vector.
+        channels: channels of tokens. None: the vector is logits.
     """
 
-    def __init__(self, size: int) -> None:
-        self.top = min(2, size)
-        pair = (self.top,)
+    def __init__(self, size: int, channels: int | None = None) -> None:
+        self.size, self.top = size, 0 if channels else min(2, size)
+        width, pair = channels or 1, (self.top,)
         super().__init__(
-            *(("low", "<f4", (1,)), ("scale", "<f4", (1,)), ("top", "<f2", pair), ("classes", "<i4", pair)),
-            ("levels", "u1", (size,)),
+            *(("low", "<f4", (1, width)), ("scale", "<f4", (1, width))),
+            *(("top", "<f2", pair), ("classes", "<i4", pair), ("levels", "u1", (size // width, width))),
         )
-
-    def _write(self, records: Records, values: Values) -> None:
-        size = values.shape[1]
-        ordered = np.argpartition(values, range(-min(3, size), 0), 1)
-        records["low"] = low = values.min(1, keepdims=True)
-        third = ordered[:, -3:-2] if size > 2 else ordered[:, :1]
-        scale = (np.take_along_axis(values, third, 1) - low) / np.float32(255)
-        records["scale"] = scale = np.maximum(scale, 0)
-        records["classes"] = top = ordered[:, -self.top :]
-        records["top"] = np.take_along_axis(values, top, 1)
-        levels = np.divide(values - low, scale, out=np.zeros_like(values), where=scale > 0)
-        records["levels"] = np.clip(np.rint(levels), 0, 255)
-
-    def _read(self, records: Records) -> Values:
-        values: Values = records["levels"] * records["scale"] + records["low"]
-        np.put_along_axis(values, records["classes"].astype(np.int64), records["top"].astype(np.float32), 1)
-        return values
-
-
-class Int8Tokens(RowFormat):
-    """Tokens in one byte a number, with an offset and a scale for each channel of a row."""
-
-    def __init__(self, size: int, channels: int) -> None:
-        self.size, each, shape = size, (1, channels), (size // channels, channels)
-        super().__init__(("low", "<f4", each), ("scale", "<f4", each), ("levels", "u1", shape))
 
     def _write(self, records: Records, values: Values) -> None:
         tokens = values.reshape(records["levels"].shape)
         records["low"] = low = tokens.min(1, keepdims=True)
-        records["scale"] = scale = (tokens.max(1, keepdims=True) - low) / np.float32(255)
+        high = tokens.max(1, keepdims=True)
+        if self.top:
+            third = -min(3, self.size)
+            ordered = np.argpartition(values, range(third, 0), 1)
+            records["classes"] = top = ordered[:, -self.top :]
+            records["top"] = np.take_along_axis(values, top, 1)
+            high = np.take_along_axis(tokens, ordered[:, third, None, None], 1)
+        records["scale"] = scale = np.maximum((high - low) / np.float32(255), 0)
         levels = np.divide(tokens - low, scale, out=np.zeros_like(tokens), where=scale > 0)
-        records["levels"] = np.rint(levels)
+        records["levels"] = np.clip(np.rint(levels), 0, 255)
 
     def _read(self, records: Records) -> Values:
-        values: Values = records["levels"] * records["scale"] + records["low"]
-        return values.reshape(len(records), self.size)
+        numbers = records["levels"] * records["scale"] + records["low"]
+        values: Values = numbers.reshape(len(records), self.size)
+        np.put_along_axis(values, records["classes"].astype(np.int64), records["top"].astype(np.float32), 1)
+        return values
 
 
 def row_format(size: int, name: Format) -> RowFormat:
     """Returns the encoding of vectors of a size, by its name."""
     if name.startswith("int8/"):
-        return Int8Tokens(size, int(name.removeprefix("int8/")))
+        return Int8(size, int(name.removeprefix("int8/")))
     return Int8(size) if name == "int8" else Half(size)
