@@ -12,8 +12,7 @@ from mdistiller.recipes.describe import find_published, status
 from mdistiller.recipes.experiments import Cell, Scale, Teacher, register_experiments
 from mdistiller.recipes.family import split_pair
 from mdistiller.recipes.published import UNPUBLISHED, find_top1, list_tables
-from mdistiller.tasks.classification.recipes import imagenet
-from mdistiller.tasks.classification.recipes.cifar100 import PAIRS
+from mdistiller.tasks.classification.recipes import CIFAR100_PAIRS, IMAGENET_MODELS
 from mdistiller.types import Line
 
 Family = Literal["cifar100", "imagenet"]
@@ -21,7 +20,7 @@ Family = Literal["cifar100", "imagenet"]
 
 def models_of(pair: str) -> tuple[str, str]:
     """Splits a cell's pair into teacher and student, by their names in recipes."""
-    return split_pair(pair, imagenet.MODELS)
+    return split_pair(pair, IMAGENET_MODELS)
 
 
 class Setting(NamedTuple):
@@ -204,8 +203,8 @@ EXPERIMENTS = {
         [MAIN],
         ("KD (TCKD + NCKD)", *(f"α {alpha}, β {beta}" for alpha, beta in _ABLATION)),
     ),
-    "table6": Experiment("Table 6: CIFAR-100, similar architectures", PAIRS[:6], _every_method),
-    "table7": Experiment("Table 7: CIFAR-100, different architectures", PAIRS[6:], _every_method),
+    "table6": Experiment("Table 6: CIFAR-100, similar architectures", CIFAR100_PAIRS[:6], _every_method),
+    "table7": Experiment("Table 7: CIFAR-100, different architectures", CIFAR100_PAIRS[6:], _every_method),
     "table8": Experiment("Table 8: ImageNet, ResNet-34 → ResNet-18", [R34_R18], BASIC, family="imagenet"),
     "table9": Experiment("Table 9: ImageNet, ResNet-50 → MobileNetV1", [R50_V1], BASIC, family="imagenet"),
     "table11": Experiment(
