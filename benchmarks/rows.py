@@ -21,9 +21,10 @@ from resumable import is_done, run, spread, thin
 
 from mdistiller.recipes.experiments import Cell, get_experiment
 from mdistiller.settings import Settings
-from mdistiller.tasks.classification.experiments import BASIC, models_of
+from mdistiller.tasks.classification.experiments import models_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+BASIC = ("baseline", "KD", "DKD")
 MORE = ("TCKD alone", "NCKD alone", "LSKD+DKD", "DIST", "ReviewKD")
 KEPT = ("cpu", "threads", "commit")
 """Entries of a run's environment that are kept."""

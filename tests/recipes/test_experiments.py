@@ -8,8 +8,9 @@ from mdistiller.errors import UnknownNameError
 from mdistiller.methods import get_method, list_methods
 from mdistiller.recipes import get_recipe
 from mdistiller.recipes.experiments import get_experiment
-from mdistiller.tasks.classification.experiments import EXPERIMENTS, MAIN
+from mdistiller.tasks.classification.experiments import EXPERIMENTS
 
+MAIN = "resnet32x4_resnet8x4"
 TABLES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12)  # 10 is detection, 13 a linear probe
 
 

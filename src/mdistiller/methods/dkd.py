@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
-    Card,
-    Example,
     Labels,
     LogitMethod,
     Logits,
@@ -203,11 +201,6 @@ class DKD(LogitMethod[DKDConfig]):
     """Weights target-class (TCKD) and non-target-class (NCKD) distillation separately."""
 
     Config = DKDConfig
-    card = Card(
-        "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022",
-        "The teacher is so confident that KD transfers little; you choose β",
-        example=Example(),
-    )
     needs = Needs(labels=True, every_label=False)
 
     def __init__(

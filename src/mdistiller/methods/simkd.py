@@ -2,14 +2,13 @@
 
 import copy
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, Needs, Scalar, promote
+from mdistiller.methods.base import Losses, Method, MethodConfig, Needs, Scalar, promote
 from mdistiller.methods.features import (
     check_channels,
     classifier,
@@ -95,14 +94,6 @@ class ReusedClassifier(nn.Module):
             feature = pool_to(feature, self.size)
         return self.classifier(self.projector(feature).mean((2, 3)))
 
-    def get_extra_state(self) -> Tensor:
-        """Returns `size` as int64 [2], zeros for None, so that a file of weights has it."""
-        return torch.tensor(self.size or (0, 0))
-
-    def set_extra_state(self, state: Tensor) -> None:
-        height, width = state.tolist()
-        self.size = (height, width) if height else None
-
 
 def _convolution(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
@@ -129,11 +120,6 @@ class SimKD(Method[SimKDConfig]):
 
     Config = SimKDConfig
     needs = Needs(one_class=False)
-    card = Card(
-        "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022",
-        "The deployed student may include the teacher's classifier and a projector",
-        example=Example(("last_map",), ("last_map",), 188_316),
-    )
     student_taps = teacher_taps = ("last_map",)
 
     def __init__(self, config: SimKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

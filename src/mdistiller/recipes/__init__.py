@@ -94,9 +94,11 @@ def get_recipe(
             f"teacher: recipe {name!r} trains on labels alone; to distill, use {prefix}.METHOD.STUDENT"
         )
     if chosen in BASELINES:
+        model = family.find_model(models)
+        config = family.schedule(baseline(model), "none", model)
         if baseline is family.finetune:
             name = f"{prefix}.finetune.{models}"
-        return baseline(family.find_model(models)).model_copy(update={"recipe": name})
+        return config.model_copy(update={"recipe": name})
     if teacher is None:
         first, student = family.split_open(models) if open_teacher else family.split_pair(models)
         given = _teacher_of(family, first) if first else None
@@ -115,7 +117,7 @@ def get_recipe(
         "method": family.tune(chosen_config, first, student),
         "ema": 0.999 if first == SELF else config.ema,
     }
-    config = family.schedule(config, chosen, first, student)
+    config = family.schedule(config, chosen, family.published_pair(first, student))
     return config.model_copy(update=update)
 
 

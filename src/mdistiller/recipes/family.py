@@ -12,7 +12,7 @@ from mdistiller.methods.changes import takes_auto
 from mdistiller.models import ModelConfig, list_models
 from mdistiller.models.external import like_external
 from mdistiller.models.registry import GIVEN
-from mdistiller.recipes.apply import train_as
+from mdistiller.recipes.apply import train_as, tune
 from mdistiller.recipes.published import PublishedRun, find_runs, run_of
 
 PAIR = "pair of models TEACHER_STUDENT"
@@ -23,12 +23,12 @@ HINT = "All models: mdistiller list models"
 class Family:
     """Recipes over one data set; this class serves classification, children other tasks.
 
-    baseline: the config that trains one model on the labels; a pair's differs in teacher and method only.
+    baseline: the config that trains one model on the labels, before `schedule`.
     pairs: the pairs TEACHER_STUDENT that are listed.
-    tune: changes the hyperparameters of a method, and of its parts, for a pair.
+    change: changes the hyperparameters of a method, and of its parts, for a pair. None: to those published.
     aliases: short names of models.
     teacher_config: the teacher's config by its name, with weights where there are published ones.
-    settings: the source of the settings of `tune`, for the line at the start of a run; empty: `published`.
+    settings: the source of the settings of `change`, for the line at the start of a run; empty: `published`.
     published: the file of published runs that serves the family's pairs; empty: none does.
     schedules: whether pairs have the optimizer and length of their published runs.
     own_data: whether the published runs are of the family's data; False: only their settings serve.
@@ -48,7 +48,7 @@ class Family:
 
     baseline: Callable[[str], RunConfig]
     pairs: tuple[str, ...]
-    tune: Callable[[MethodConfig, str, str], MethodConfig] = lambda method, teacher, student: method
+    change: Callable[[MethodConfig, str, str], MethodConfig] | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     teacher_config: Callable[[str], ModelConfig] = lambda name: ModelConfig(name=name)
     finetune: Callable[[str], RunConfig] | None = None
@@ -130,11 +130,19 @@ class Family:
         """
         return find_runs(self.published, method, pair) if self.published and self.own_data else ()
 
-    def schedule(self, config: RunConfig, method: str, teacher: str, student: str) -> RunConfig:
-        """Returns a config with the optimizer and length of a pair's published run."""
+    def tune(self, method: MethodConfig, teacher: str, student: str) -> MethodConfig:
+        """Returns a method with the hyperparameters of a pair."""
+        if self.change is not None:
+            return self.change(method, teacher, student)
+        if not self.published:
+            return method
+        return tune(self.published, method, self.published_pair(teacher, student))
+
+    def schedule(self, config: RunConfig, method: str, pair: str) -> RunConfig:
+        """Returns a config with the optimizer and length of a published run; arguments as in `find_runs`."""
         if not self.published or not self.schedules:
             return config
-        return train_as(config, run_of(self.published, method, self.published_pair(teacher, student)))
+        return train_as(config, run_of(self.published, method, pair))
 
     def _nearest(self, name: str) -> list[str]:
         """Returns the models that are suggested for an unknown one; [] leaves it to its error."""

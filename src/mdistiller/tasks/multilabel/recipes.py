@@ -1,8 +1,8 @@
 """Recipes for one's own images with several classes each."""
 
 from mdistiller.recipes.family import Family, register_family
+from mdistiller.tasks.classification import recipes
 from mdistiller.tasks.classification.config import ClassificationConfig
-from mdistiller.tasks.classification.recipes import basic
 from mdistiller.tasks.multilabel.config import MultiLabelConfig
 
 
@@ -20,10 +20,10 @@ class MultiLabelFamily(Family):
 register_family(
     "multilabel",
     MultiLabelFamily(
-        lambda model: _several(basic.folder(model)),
+        lambda model: _several(recipes.folder(model)),
         ("torchvision/resnet50_torchvision/resnet18",),
         method="binary_kd",
         photographs=True,
-        finetune=lambda model: _several(basic.finetune(model)),
+        finetune=lambda model: _several(recipes.finetune(model)),
     ),
 )
