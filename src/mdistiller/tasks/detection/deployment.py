@@ -171,13 +171,12 @@ def _rows(outputs: Sequence[Tensor], side: int) -> Tensor:
 
 
 _SHORT = 320  # least short side of a drawing; in smaller ones labels would cover the objects
-Rectangle = tuple[float, float, float, float]
 
 
 def place_labels(
     boxes: Sequence[Sequence[float]], widths: Sequence[float], height: float, size: tuple[float, float]
 ) -> list[tuple[float, float] | None]:
-    """Places a label at each box, within the image, on no other label, and on no box if there is room.
+    """Places a label above, below or in each box, within the image and on no other label.
 
     Args:
         boxes: x1, y1, x2, y2; the first ones choose first.
@@ -188,30 +187,16 @@ def place_labels(
     Returns:
         The upper left corner of each label; None where all its positions are taken.
     """
-    placed: list[Rectangle] = []
+    placed: list[tuple[float, float, float]] = []
     found: list[tuple[float, float] | None] = []
-    for (x1, y1, x2, y2), width in zip(boxes, widths, strict=True):
-        right = x2 - width
-        positions = [
-            (x1, y1 - height),
-            (x1, y2),
-            (right, y1 - height),
-            (right, y2),
-            (x1, y1),
-            (right, y2 - height),
-        ]
-        inside = [(max(0.0, min(x, size[0] - width)), y) for x, y in positions if 0 <= y <= size[1] - height]
-        places: list[Rectangle] = [(x, y, x + width, y + height) for x, y in inside]
-        free = [place for place in places if not any(_overlap(place, other) for other in placed)]
-        clear = (place for place in free if not any(_overlap(place, box) for box in boxes))
-        best = next(clear, free[0] if free else None)
-        placed += [] if best is None else [best]
-        found.append(None if best is None else best[:2])
+    for (x1, y1, _, y2), width in zip(boxes, widths, strict=True):
+        x = max(0.0, min(x1, size[0] - width))
+        inside = [y for y in (y1 - height, y2, y1) if 0 <= y <= size[1] - height]
+        taken = [top for left, right, top in placed if x < right and left < x + width]
+        y = next((y for y in inside if all(abs(y - top) >= height for top in taken)), None)
+        placed += [] if y is None else [(x, x + width, y)]
+        found.append(None if y is None else (x, y))
     return found
-
-
-def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def class_color(number: int) -> tuple[int, int, int]:
