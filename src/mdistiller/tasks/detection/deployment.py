@@ -2,7 +2,7 @@
 
 import colorsys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,6 @@ from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
 from mdistiller.training.deployment import Format, Model, ModelInput
 from mdistiller.training.distributed import World
 from mdistiller.types import Line
-
-_CHECKED = ((120, 90), (96, 128), (150, 100))  # height, width
 
 
 class Box(NamedTuple):
@@ -65,22 +63,14 @@ class DetectorDeployment(DenseDeployment):
     outputs = ("boxes", "labels", "scores")
     hub_task = "object-detection"
     predictions = "boxes"
+    checked = ((3, 120, 90), (3, 96, 128), (3, 150, 100))
     load_split, measure = staticmethod(load_split), staticmethod(evaluate_detector)
     loader, module = DetectionLoader, _FromModel
-
-    def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
-        facts = config.data_facts() if isinstance(config, DenseConfig) else None
-        return {"classes": metadata["classes"], "data": facts}
 
     def as_model(self, student: nn.Module) -> Model:
         return _Boxes(student).eval()
 
-    def check_inputs(self, metadata: Mapping[str, object]) -> list[Tensor]:
-        return [_image(*size) for size in _CHECKED]
-
-    def write_graph(
-        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, object]
-    ) -> None:
+    def write_graph(self, path: Path, format: Format, student: nn.Module, metadata: Line) -> None:
         if format != "onnx":
             raise NotImplementedError("torch.export cannot trace the selection of boxes by their scores")
         axes = {"image": {1: "height", 2: "width"}} | {name: {0: "n"} for name in self.outputs}
@@ -157,10 +147,6 @@ for box, label, score in zip(boxes, labels, scores):
     def format_prediction(self, prediction: Box) -> str:
         box = " ".join(f"{value:.1f}" for value in prediction[2:])
         return f"{100 * prediction.score:6.2f} %  {prediction.label}  {box}"
-
-
-def _image(height: int, width: int) -> Tensor:
-    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(height))
 
 
 def _rows(outputs: Sequence[Tensor], side: int) -> Tensor:

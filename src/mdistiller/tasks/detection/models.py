@@ -1,7 +1,7 @@
 """Detectors by name: torchvision's heads on a feature pyramid of a classification backbone."""
 
 import inspect
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
@@ -219,7 +219,9 @@ def _check_values(name: str, options: Mapping[str, object], detector_class: type
         default = taken[option].default if option in taken else None
         if isinstance(default, int | float):
             kinds, lowest = (int, type(default)), int(option in _SIDES)
-            numbers = value if option == "min_size" and isinstance(value, list | tuple) else [value]
+            numbers: Sequence[Any] = [value]
+            if option == "min_size" and isinstance(value, list | tuple):
+                numbers = value
             if not all(type(number) in kinds and lowest <= number < 2**31 for number in numbers):
                 kind = "a whole number" if isinstance(default, int) else "a number"
                 got = f"got {value!r:.60}; allowed: {kind} from {lowest}"
