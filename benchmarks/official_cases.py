@@ -25,14 +25,12 @@ from mdistiller.methods.features import FeatureConfig
 from mdistiller.methods.lskd import standardize
 from mdistiller.methods.simkd import ReusedClassifier
 from mdistiller.tasks.detection.adapter import Level
-from mdistiller.tasks.detection.bckd import bckd_loss
+from mdistiller.tasks.detection.dense_methods import bckd_loss
 from mdistiller.tasks.detection.distiller import object_masks
 from mdistiller.tasks.detection.fgd import FGD, FGDConfig
+from mdistiller.tasks.detection.level_methods import MGD, MGDConfig, pkd_loss
 from mdistiller.tasks.detection.levels import OBJECTS, Pyramid
-from mdistiller.tasks.detection.mgd import MGD, MGDConfig
-from mdistiller.tasks.detection.pkd import pkd_loss
-from mdistiller.tasks.segmentation.cirkd import cirkd_loss
-from mdistiller.tasks.segmentation.skd import skd_loss
+from mdistiller.tasks.segmentation.maps import cirkd_loss, skd_loss
 from mdistiller.training.dot import DOT
 from mdistiller.types import Batch, DataInfo, Outputs
 

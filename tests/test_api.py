@@ -25,7 +25,7 @@ from mdistiller.cli.main import run as command
 from mdistiller.data import DataConfig
 from mdistiller.data.digits import load_digits
 from mdistiller.data.given import read_given
-from mdistiller.deploy.teacher import GivenTeacher
+from mdistiller.deploy.student import GivenTeacher
 from mdistiller.errors import ConfigError, DataError, MDistillerError, UnknownNameError
 from mdistiller.models import ModelConfig
 from mdistiller.runs.progress import Reporter

@@ -15,7 +15,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mdistiller.config import RunConfig
 from mdistiller.deploy.card import readme
 from mdistiller.deploy.int8 import CALIBRATION_IMAGES, quantize
 from mdistiller.deploy.measure import Speed, count_macs, milliseconds
@@ -36,7 +35,7 @@ from mdistiller.models.weights import STUDENT_FILE
 from mdistiller.runs.checkpoint import save_student, write_text
 from mdistiller.runs.environment import environment, this_machine
 from mdistiller.runs.folder import CONFIG, EMA_FILE, METRICS, read_metrics
-from mdistiller.training.deployment import Deployment, Format, Model, ModelInput
+from mdistiller.training.deployment import Format, Model, ModelInput
 from mdistiller.training.distributed import pick_device
 from mdistiller.types import Line
 
@@ -103,18 +102,18 @@ def export_student(
             written = Path(temporary) / "export"
             written.mkdir()
             path = written / FILES[format]
-            _write_model(path, format, deployment, student, file.metadata, images)
+            _write_model(path, format, file, student, images)
             exported = open_model(path, format, deployment, torch.device("cpu"))
-            check = _check(path, exported, deployment, student, file.metadata, rounds=int8)
+            check = _check(path, exported, file, student, rounds=int8)
             fields = dict(file.fields)
             data = None
             if evaluate and config is not None:
                 with _unmeasured(path):
                     data = deployment.load_test_set(config)
-            fields |= _cost(path, exported, deployment, ModelInput(**fields), student, data)
-            if data is not None and config is not None:
+            fields |= _cost(path, exported, file, student, data)
+            if data is not None:
                 with _unmeasured(path):
-                    fields["measured"] = _measure(path, format, deployment, config, student, target, data)
+                    fields["measured"] = _measure(path, format, file, student, target, data)
             card = Card(
                 **fields,
                 **_origin(file, format),
@@ -136,48 +135,34 @@ def export_student(
 
 
 def _write_model(
-    path: Path,
-    format: Format,
-    deployment: Deployment,
-    student: nn.Module,
-    metadata: Line,
-    calibration: Tensor | None,
+    path: Path, format: Format, file: StudentFile, student: nn.Module, calibration: Tensor | None
 ) -> None:
     """Writes the model file; a graph is quantized if there are images for calibration."""
     if format == "safetensors":
-        save_student(path, student, metadata)
+        save_student(path, student, file.metadata)
         return
     try:
         with warnings.catch_warnings():
             # torch's exporters call functions that torch itself has deprecated.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
-            deployment.write_graph(path, format, student, metadata)
+            file.deployment.write_graph(path, format, student, file.metadata)
             if calibration is not None:
                 quantize(path.rename(path.parent.with_name(_FLOAT)), path, calibration)
     except OSError:
         raise
     except Exception as error:  # any part of the model may be missing from the format
         others = ", ".join(name for name in FILES if name != format)
-        raise ExportError(
-            f"{metadata['model']} cannot be exported as {format} (other formats: {others}): {one_line(error)}"
-        ) from error
+        what = f"{file.metadata['model']} cannot be exported as {format} (other formats: {others})"
+        raise ExportError(f"{what}: {one_line(error)}") from error
 
 
 @torch.no_grad()
-def _check(
-    path: Path,
-    exported: Model,
-    deployment: Deployment,
-    student: nn.Module,
-    metadata: Line,
-    *,
-    rounds: bool,
-) -> Check:
+def _check(path: Path, exported: Model, file: StudentFile, student: nn.Module, *, rounds: bool) -> Check:
     """Compares a file's outputs with the student's; one that `rounds` may have other finite outputs."""
-    original = deployment.as_model(student)
+    deployment = file.deployment
+    original, inputs = deployment.as_model(student), deployment.check_inputs(file.metadata)
     difference = largest = 0.0
-    inputs = deployment.check_inputs(metadata)
     for image in inputs:
         shape, expected = list(image.shape), original(image)
         try:
@@ -233,10 +218,9 @@ def _unmeasured(path: Path) -> Iterator[None]:
         warnings.warn(f"accuracy of {path.name}: not measured: {error}", stacklevel=4)
 
 
-def _cost(
-    path: Path, exported: Model, deployment: Deployment, fields: ModelInput, student: nn.Module, data: Any
-) -> Line:
+def _cost(path: Path, exported: Model, file: StudentFile, student: nn.Module, data: Any) -> Line:
     """Returns the fields of a card about the cost of its file."""
+    deployment, fields = file.deployment, ModelInput(**file.fields)
     models, unquantized = [exported], path.parent.with_name(_FLOAT)
     if unquantized.is_file():
         models.append(open_model(unquantized, "onnx", deployment, torch.device("cpu")))
@@ -253,15 +237,11 @@ def _cost(
 
 
 def _measure(
-    path: Path,
-    format: Format,
-    deployment: Deployment,
-    config: RunConfig,
-    student: nn.Module,
-    target: torch.device,
-    data: Any,
+    path: Path, format: Format, file: StudentFile, student: nn.Module, target: torch.device, data: Any
 ) -> Measured:
     """Evaluates student and file on the run's test set."""
+    deployment, config = file.deployment, file.config
+    assert config is not None
     used = torch.device("cpu") if format == "onnx" else target
     exported = open_model(path, format, deployment, used)
     models = [deployment.as_model(student.to(target)), lambda image: exported(image.to(used))]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, T
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from mdistiller.config import RunConfig, find_field
 from mdistiller.data.cores import Workers
@@ -268,6 +268,8 @@ class DenseDeployment(Deployment):
     """Export of models of images of any size, measured on the test set, one image at a time."""
 
     batches = (1,)
+    checked: ClassVar[tuple[tuple[int, ...], ...]]
+    """Shapes of the random inputs on which an exported file is compared."""
     load_split: ClassVar[Callable[..., Any]]
     """Function that reads a split of a config of data."""
     loader: ClassVar[Callable[..., Any]]
@@ -276,6 +278,15 @@ class DenseDeployment(Deployment):
     """Function that computes the metrics of a model from batches, their set, this process and a precision."""
     module: ClassVar[type[nn.Module]]
     """Class of the module of a `Model` that `measure` takes."""
+
+    def card_fields(self, metadata: Line, config: RunConfig | None) -> Line:
+        fields: Line = {name: metadata[name] for name in ("classes", "mean", "std") if name in metadata}
+        facts = config.data_facts() if isinstance(config, DenseConfig) else None
+        return fields | {"resize": metadata.get("short_side"), "data": facts}
+
+    def check_inputs(self, metadata: Line) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.rand(shape, generator=generator) for shape in self.checked]
 
     def load_test_set(self, config: RunConfig) -> DenseSplits[Any]:
         assert isinstance(config, DenseConfig)

@@ -7,8 +7,7 @@ from torch import nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.bckd import bckd_loss
-from mdistiller.tasks.detection.crosskd import crosskd_box_loss
+from mdistiller.tasks.detection.dense_methods import bckd_loss, crosskd_box_loss
 from mdistiller.tasks.detection.distiller import DetectionDistiller
 
 

@@ -14,9 +14,9 @@ from mdistiller.functional import dkd_loss, hcl_loss, kd_loss
 from mdistiller.methods import DKDConfig, KDConfig
 from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import DenseAdapter, adapter_of
-from mdistiller.tasks.detection.bckd import BCKDConfig, bckd_box_loss, bckd_loss
+from mdistiller.tasks.detection.dense_methods import BCKDConfig, bckd_box_loss, bckd_loss
 from mdistiller.tasks.detection.distiller import DetectionDistiller, outputs_of, overlaps
-from mdistiller.tasks.detection.fgfi import FGFIConfig, fgfi_loss
+from mdistiller.tasks.detection.level_methods import FGFIConfig, fgfi_loss
 from mdistiller.tasks.detection.methods import (
     build_method,
     default_config,

@@ -9,10 +9,9 @@ from scipy.special import log_softmax, softmax
 
 from mdistiller.errors import ConfigError
 from mdistiller.functional import dkd_loss, kd_loss
-from mdistiller.tasks.segmentation.cirkd import cirkd_loss
+from mdistiller.tasks.segmentation.maps import cirkd_loss, skd_loss
 from mdistiller.tasks.segmentation.methods import build_method, default_config
 from mdistiller.tasks.segmentation.pixels import pixel_cross_entropy, pixel_rows, resized_label
-from mdistiller.tasks.segmentation.skd import skd_loss
 from mdistiller.types import Batch, DataInfo, Outputs
 
 RNG = np.random.default_rng(0)

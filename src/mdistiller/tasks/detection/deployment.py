@@ -2,7 +2,7 @@
 
 import colorsys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,6 @@ from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
 from mdistiller.training.deployment import Format, Model, ModelInput
 from mdistiller.training.distributed import World
 from mdistiller.types import Line
-
-_CHECKED = ((120, 90), (96, 128), (150, 100))  # height, width
 
 
 class Box(NamedTuple):
@@ -65,22 +63,14 @@ class DetectorDeployment(DenseDeployment):
     outputs = ("boxes", "labels", "scores")
     hub_task = "object-detection"
     predictions = "boxes"
+    checked = ((3, 120, 90), (3, 96, 128), (3, 150, 100))
     load_split, measure = staticmethod(load_split), staticmethod(evaluate_detector)
     loader, module = DetectionLoader, _FromModel
-
-    def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
-        facts = config.data_facts() if isinstance(config, DenseConfig) else None
-        return {"classes": metadata["classes"], "data": facts}
 
     def as_model(self, student: nn.Module) -> Model:
         return _Boxes(student).eval()
 
-    def check_inputs(self, metadata: Mapping[str, object]) -> list[Tensor]:
-        return [_image(*size) for size in _CHECKED]
-
-    def write_graph(
-        self, path: Path, format: Format, student: nn.Module, metadata: Mapping[str, object]
-    ) -> None:
+    def write_graph(self, path: Path, format: Format, student: nn.Module, metadata: Line) -> None:
         if format != "onnx":
             raise NotImplementedError("torch.export cannot trace the selection of boxes by their scores")
         axes = {"image": {1: "height", 2: "width"}} | {name: {0: "n"} for name in self.outputs}
@@ -159,10 +149,6 @@ for box, label, score in zip(boxes, labels, scores):
         return f"{100 * prediction.score:6.2f} %  {prediction.label}  {box}"
 
 
-def _image(height: int, width: int) -> Tensor:
-    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(height))
-
-
 def _rows(outputs: Sequence[Tensor], side: int) -> Tensor:
     """Returns a row for each object, with coordinates as fractions of the image's long side."""
     boxes, labels, scores = outputs
@@ -171,13 +157,12 @@ def _rows(outputs: Sequence[Tensor], side: int) -> Tensor:
 
 
 _SHORT = 320  # least short side of a drawing; in smaller ones labels would cover the objects
-Rectangle = tuple[float, float, float, float]
 
 
 def place_labels(
     boxes: Sequence[Sequence[float]], widths: Sequence[float], height: float, size: tuple[float, float]
 ) -> list[tuple[float, float] | None]:
-    """Places a label at each box, within the image, on no other label, and on no box if there is room.
+    """Places a label above, below or in each box, within the image and on no other label.
 
     Args:
         boxes: x1, y1, x2, y2; the first ones choose first.
@@ -188,30 +173,16 @@ def place_labels(
     Returns:
         The upper left corner of each label; None where all its positions are taken.
     """
-    placed: list[Rectangle] = []
+    placed: list[tuple[float, float, float]] = []
     found: list[tuple[float, float] | None] = []
-    for (x1, y1, x2, y2), width in zip(boxes, widths, strict=True):
-        right = x2 - width
-        positions = [
-            (x1, y1 - height),
-            (x1, y2),
-            (right, y1 - height),
-            (right, y2),
-            (x1, y1),
-            (right, y2 - height),
-        ]
-        inside = [(max(0.0, min(x, size[0] - width)), y) for x, y in positions if 0 <= y <= size[1] - height]
-        places: list[Rectangle] = [(x, y, x + width, y + height) for x, y in inside]
-        free = [place for place in places if not any(_overlap(place, other) for other in placed)]
-        clear = (place for place in free if not any(_overlap(place, box) for box in boxes))
-        best = next(clear, free[0] if free else None)
-        placed += [] if best is None else [best]
-        found.append(None if best is None else best[:2])
+    for (x1, y1, _, y2), width in zip(boxes, widths, strict=True):
+        x = max(0.0, min(x1, size[0] - width))
+        inside = [y for y in (y1 - height, y2, y1) if 0 <= y <= size[1] - height]
+        taken = [top for left, right, top in placed if x < right and left < x + width]
+        y = next((y for y in inside if all(abs(y - top) >= height for top in taken)), None)
+        placed += [] if y is None else [(x, x + width, y)]
+        found.append(None if y is None else (x, y))
     return found
-
-
-def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def class_color(number: int) -> tuple[int, int, int]:

@@ -15,11 +15,9 @@ from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.methods.several import Several
 from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import BackboneAdapter, adapter_of
-from mdistiller.tasks.detection.bckd import BCKD
-from mdistiller.tasks.detection.crosskd import CrossKD
-from mdistiller.tasks.detection.cwd import CWD
+from mdistiller.tasks.detection.dense_methods import BCKD, CrossKD
 from mdistiller.tasks.detection.fgd import FGD
-from mdistiller.tasks.detection.fgfi import FGFI
+from mdistiller.tasks.detection.level_methods import CWD, FGFI, MGD, PKD
 from mdistiller.tasks.detection.levels import (
     OBJECTS,
     OVERLAP,
@@ -29,8 +27,6 @@ from mdistiller.tasks.detection.levels import (
     pair_levels,
     say_pairs,
 )
-from mdistiller.tasks.detection.mgd import MGD
-from mdistiller.tasks.detection.pkd import PKD
 from mdistiller.tasks.detection.queries import LD, DETRDistill, QueryMethod
 from mdistiller.types import DataInfo, Line
 

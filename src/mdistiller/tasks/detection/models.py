@@ -1,8 +1,7 @@
 """Detectors by name: torchvision's heads on a feature pyramid of a classification backbone."""
 
 import inspect
-from collections.abc import Callable, Container, Mapping
-from functools import partial
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
@@ -213,29 +212,20 @@ def build_on_backbone(
 
 
 def _check_values(name: str, options: Mapping[str, object], detector_class: type[nn.Module]) -> None:
-    """Raises a ConfigError for numbers with which torchvision would stop in a pass."""
+    """Raises a ConfigError for a wrong value of an option whose default is a number."""
     own = inspect.signature(build_on_backbone).parameters
     taken = {**own, **inspect.signature(detector_class).parameters}
     for option, value in options.items():
         default = taken[option].default if option in taken else None
-        several = list(value) if isinstance(value, list | tuple) else None
-        if option in ("image_mean", "image_std"):
-            three = several is not None and len(several) == 3 and all(_is_number(v, float) for v in several)
-            fits, needed = value is None or three, "three numbers from 0"
-        elif option in _SIDES:
-            sides = several if several is not None and option == "min_size" else [value]
-            fits, needed = all(_is_number(side, int, lowest=1) for side in sides), "a whole number from 1"
-        elif isinstance(default, int | float):
-            kind = "a whole number" if isinstance(default, int) else "a number"
-            fits, needed = _is_number(value, type(default)), f"{kind} from 0"
-        else:
-            continue
-        if not fits:
-            raise ConfigError(f"{option} of detector {name!r}: got {value!r:.60}; allowed: {needed}")
-
-
-def _is_number(value: Any, kind: type, *, lowest: int = 0) -> bool:
-    return type(value) in (int, kind) and lowest <= value < 2**31
+        if isinstance(default, int | float):
+            kinds, lowest = (int, type(default)), int(option in _SIDES)
+            numbers: Sequence[Any] = [value]
+            if option == "min_size" and isinstance(value, list | tuple):
+                numbers = value
+            if not all(type(number) in kinds and lowest <= number < 2**31 for number in numbers):
+                kind = "a whole number" if isinstance(default, int) else "a number"
+                got = f"got {value!r:.60}; allowed: {kind} from {lowest}"
+                raise ConfigError(f"{option} of detector {name!r}: {got}")
 
 
 def build_detector(config: ModelConfig, num_classes: int, **defaults: int) -> nn.Module:
@@ -243,8 +233,6 @@ def build_detector(config: ModelConfig, num_classes: int, **defaults: int) -> nn
     options = resolve_options(config, trained=config.checkpoint is not None, **defaults)
     model = create_detector(config.name, num_classes, **options)
     if config.checkpoint is not None:
-        if config.name.startswith("torchvision/ssdlite"):
-            _widen_as_in(model, config.checkpoint, num_classes, options)
         if config.name not in _DETECTORS and options.get("batch_norm", "auto") == "auto":
             _freeze_as_in(model, config.checkpoint)
         load_weights(model, config.checkpoint, config.name)
@@ -280,28 +268,6 @@ def resolve_options(config: ModelConfig, *, trained: bool, **defaults: int) -> d
             if any(loading):
                 options.pop("trainable_backbone_layers", None)  # has no effect without them
     return options
-
-
-def _widen_as_in(model: nn.Module, checkpoint: Path, num_classes: int, options: dict[str, object]) -> None:
-    """Gives SSDlite the last stages of its checkpoint, if these are torchvision's for a pretrained backbone.
-
-    They have twice the channels; torchvision builds them beside the backbone's own weights only.
-    """
-    from torchvision.models import mobilenet_v3_large
-    from torchvision.models.detection._utils import retrieve_out_channels
-    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-    from torchvision.models.detection.ssdlite import SSDLiteHead, _mobilenet_extractor
-
-    last = "backbone.features.1.3.0.weight"
-    state = read_weights(checkpoint)
-    if len(state.get(last, state.get(f"model.{last}", ()))) != 2 * len(model.get_parameter(last)):
-        return
-    norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
-    backbone = mobilenet_v3_large(norm_layer=norm, reduced_tail=False, **options)
-    model.backbone = _mobilenet_extractor(backbone, 6, norm)
-    channels = retrieve_out_channels(model.backbone, (320, 320))
-    anchors = DefaultBoxGenerator.num_anchors_per_location(model.anchor_generator)
-    model.head = SSDLiteHead(channels, anchors, num_classes, norm)
 
 
 def freeze_batch_norm(module: nn.Module, among: Container[str] | None = None) -> None:
@@ -382,6 +348,9 @@ def _torchvision(name: str, num_classes: int, options: dict[str, object]) -> nn.
     options = {"weights": None, "weights_backbone": None} | options
     if options.pop("pretrained", False):
         options["weights"] = "DEFAULT"
+    if name.startswith("torchvision/ssdlite") and options["weights"] is None and options["weights_backbone"]:
+        # torchvision builds another architecture around them, which no option of its own builds again.
+        raise ConfigError(f"weights_backbone of detector {name!r}: allowed is None; give weights DEFAULT")
     options["num_classes"] = num_classes
     try:
         model = get_torchvision(name.removeprefix("torchvision/"), options)

@@ -1,21 +1,16 @@
 """Exported segmentation models: graphs from images to logits, and masks of images."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from mdistiller.config import RunConfig
 from mdistiller.tasks.segmentation.data import SegmentationSet, load_split, palette
 from mdistiller.tasks.segmentation.evaluate import classify, evaluate_segmenter
 from mdistiller.tasks.segmentation.loader import SegmentationLoader, normalize, scaled, to_tensor
-from mdistiller.training.dense import DenseConfig, DenseDeployment, DenseSplits
+from mdistiller.training.dense import DenseDeployment, DenseSplits
 from mdistiller.training.deployment import Model, ModelInput, ModuleOf, normalize_code
-from mdistiller.types import Line
-
-_CHECKED = ((2, 128, 192), (1, 96, 128), (3, 160, 96))  # batch, height, width
 
 
 class Share(NamedTuple):
@@ -32,16 +27,9 @@ class SegmenterDeployment(DenseDeployment):
     hub_task = "image-segmentation"
     predictions = "classes"
     axes = {0: "batch", 2: "height", 3: "width"}  # noqa: RUF012
+    checked = ((2, 3, 128, 192), (1, 3, 96, 128), (3, 3, 160, 96))
     load_split, measure = staticmethod(load_split), staticmethod(evaluate_segmenter)
     loader, module = SegmentationLoader, ModuleOf
-
-    def card_fields(self, metadata: Mapping[str, Any], config: RunConfig | None) -> Line:
-        fields = {name: metadata[name] for name in ("classes", "mean", "std")}
-        fields["resize"] = metadata["short_side"]
-        return {**fields, "data": config.data_facts() if isinstance(config, DenseConfig) else None}
-
-    def check_inputs(self, metadata: Mapping[str, object]) -> list[Tensor]:
-        return [_images(*shape) for shape in _CHECKED]
 
     def describe(self, fields: ModelInput) -> dict[str, str]:
         assert fields.mean is not None
@@ -94,10 +82,6 @@ for index in np.unique(mask):
 
     def format_prediction(self, prediction: Share) -> str:
         return f"{100 * prediction.share:6.2f} %  {prediction.name}"
-
-
-def _images(count: int, height: int, width: int) -> Tensor:
-    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(height))
 
 
 def _shares(mask: Tensor, classes: Sequence[str], top: int) -> list[Share]:

@@ -12,9 +12,8 @@ from mdistiller.methods.compose import Sum, SumConfig, check_sum, method_config,
 from mdistiller.methods.features import TapPair, match_stages, stages, to_map
 from mdistiller.methods.tokens import Tokens, TokensConfig, last_patches
 from mdistiller.taps import logits_if_any, probe, tap_layouts
-from mdistiller.tasks.segmentation.cirkd import CIRKD
-from mdistiller.tasks.segmentation.pixels import CWD, PixelMethod
-from mdistiller.tasks.segmentation.skd import SKD
+from mdistiller.tasks.segmentation.maps import CIRKD, CWD, SKD
+from mdistiller.tasks.segmentation.pixels import PixelMethod
 from mdistiller.types import DataInfo
 
 

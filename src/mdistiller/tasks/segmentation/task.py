@@ -1,6 +1,7 @@
 """Semantic segmentation as a task."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from mdistiller.tasks.segmentation.data import SegmentationSet, load_segmentatio
 from mdistiller.tasks.segmentation.deployment import SegmenterDeployment
 from mdistiller.tasks.segmentation.loader import SegmentationLoader
 from mdistiller.tasks.segmentation.methods import build_method
-from mdistiller.tasks.segmentation.pixels import PixelLoss
+from mdistiller.tasks.segmentation.pixels import pixel_loss
 from mdistiller.tasks.segmentation.segmenter import (
     AUX,
     CLASSIFIERS,
@@ -135,7 +136,7 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
     ) -> Distiller:
         aux_weight = config.aux_weight if AUX in tap_points(student) else 0.0
         taps = (AUX,) if aux_weight else ()
-        loss = PixelLoss(aux_weight)
+        loss = partial(pixel_loss, aux_weight=aux_weight)
         return Distiller(student, teacher, method, task_loss=loss, task_taps=taps, per_position=False)
 
     def make_batches(
