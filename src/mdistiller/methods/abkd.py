@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, absent_classes, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
@@ -81,6 +81,11 @@ class ABKD(LogitMethod[ABKDConfig]):
     """Matches the teacher's class probabilities under a divergence between KL and its reverse."""
 
     Config = ABKDConfig
+    card = Card(
+        "Wang, Yang, Wang, Wang, Xu, Huang: ABKD: Pursuing a Proper Allocation of the Probability Mass in "
+        "Knowledge Distillation via α-β-Divergence, ICML 2025",
+        "KL covers too many classes or reverse KL too few; two exponents set the balance",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

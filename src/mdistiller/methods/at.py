@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight, map_pairs
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -49,6 +49,11 @@ class AT(FeatureMethod[ATConfig]):
     """Matches the spatial attention of the teacher's stages."""
 
     Config = ATConfig
+    card = Card(
+        "Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017",
+        "Channel counts differ and you want no extra layers",
+        example=Example(STAGES, STAGES),
+    )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         return {"at": self.weight * at_loss(*self.read(student, teacher, batch.image), p=self.config.p)}

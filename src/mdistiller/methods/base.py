@@ -66,6 +66,11 @@ class MethodConfig(Settings):
         return {"name": self.method_name, **handler(self)}
 
 
+STAGES = ("stage1", "stage2", "stage3")
+"""Stages of the models for which a method's `example` holds."""
+PREACTIVATIONS = tuple(f"{name}.preact" for name in STAGES)
+
+
 class Example(NamedTuple):
     """Facts of a method with its default settings for resnet32x4 → resnet8x4 on CIFAR-100."""
 
@@ -79,7 +84,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Card:
-    """Facts about a method for lists and documentation; those of this package are in `cards.toml`."""
+    """Facts about a method for lists and documentation."""
 
     paper: str = ""
     """Authors, title, venue and year."""

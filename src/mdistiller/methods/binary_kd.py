@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, Needs, promote
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, Needs, promote
 from mdistiller.methods.kd import (
     AnyLogits,
     Loss,
@@ -125,6 +125,10 @@ class BinaryKD(LogitMethod[BinaryKDConfig]):
 
     Config = BinaryKDConfig
     needs = Needs(one_class=False)
+    card = Card(
+        "Yang et al.: Multi-Label Knowledge Distillation, ICCV 2023",
+        "Images have several labels",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, exact, promote
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Weight, check_channels, classifier
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -61,6 +61,11 @@ class CATKD(FeatureMethod[CATKDConfig]):
     """Matches class activation maps, the evidence for each class at each position."""
 
     Config = CATKDConfig
+    card = Card(
+        "Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation, CVPR 2023",
+        "Where a class appears matters; both models have class activation maps",
+        example=Example(("last_map",), ("last_map",)),
+    )
     taps_by_default = "last_map"
     needs = replace(FeatureMethod.needs, classifier=True, logits=True)
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Needs, Scalar, exact, promote, unit
+from mdistiller.methods.base import Card, Example, Losses, Needs, Scalar, exact, promote, unit
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Weight
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
@@ -76,6 +76,11 @@ class CRD(FeatureMethod[CRDConfig]):
 
     Config = CRDConfig
     sequences = True
+    card = Card(
+        "Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020",
+        "You want embeddings that transfer, and a memory bank of all training images fits",
+        example=Example(("pooled",), ("pooled",), 65_792),
+    )
     needs = Needs(labels=True, index=True, logits=False)
     taps_by_default = "pooled"
 

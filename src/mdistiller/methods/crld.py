@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Logits, Losses, Needs, Scalar, promote
+from mdistiller.methods.base import Card, Logits, Losses, Needs, Scalar, promote
 from mdistiller.methods.kd import kd_samples
 from mdistiller.methods.registry import register_method
 from mdistiller.methods.views import PreparedMethod, ViewsConfig, split_views, unchanged
@@ -85,6 +85,10 @@ class CRLD(PreparedMethod[CRLDConfig]):
     """Matches predictions within and across a weak and a strong view, where the teacher is confident."""
 
     Config = CRLDConfig
+    card = Card(
+        "Zhang et al.: Cross-View Consistency Regularization for Knowledge Distillation, ACM MM 2024",
+        "You can afford two views per image; images the teacher is unsure of are skipped",
+    )
     needs = Needs(views=2)
 
     def distillation(

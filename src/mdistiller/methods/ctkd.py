@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, Method, exact, promote, ramp
+from mdistiller.methods.base import Card, Example, LogitMethod, Losses, Method, exact, promote, ramp
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.taps import probe
@@ -85,6 +85,11 @@ class CTKD(Wrapper[CTKDConfig]):
 
     Config = CTKDConfig
     base: LogitMethod
+    card = Card(
+        "Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023",
+        "You would rather learn the temperature than choose it; wraps any logit method",
+        example=Example(extra_parameters=1),
+    )
 
     def __init__(
         self, config: CTKDConfig, base: LogitMethod, student: nn.Module, teacher: nn.Module, data: DataInfo

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Losses, Method, MethodConfig, Needs, ramp
+from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, Needs, ramp
 from mdistiller.methods.dkd import dkd_samples
 from mdistiller.methods.gdkd import kl_within
 from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, check_class_ids, reduce_samples, soften
@@ -105,6 +105,12 @@ class DeepKDMethod(Method[DeepKDConfig]):
     """
 
     Config = DeepKDConfig
+    card = Card(
+        "Huang, Song, Zhang, Ren: DeepKD: A Deeply Decoupled and Denoised Knowledge Distillation "
+        "Trainer, 2025",
+        "Many classes, and memory for three momentum buffers (`--optim.name deepkd`)",
+        example=Example(),
+    )
     needs = Needs(labels=True)
 
     def __init__(

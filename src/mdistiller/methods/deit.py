@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import LogitMethod, Logits, Losses, MethodConfig, Scalar
+from mdistiller.methods.base import Card, Example, LogitMethod, Logits, Losses, MethodConfig, Scalar
 from mdistiller.methods.kd import kd_samples, soften
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -56,6 +56,12 @@ class DeiT(LogitMethod[DeiTConfig]):
     """
 
     Config = DeiTConfig
+    card = Card(
+        "Touvron et al.: Training data-efficient image transformers & distillation through attention, "
+        "ICML 2021",
+        "The student has a distillation token; other students learn the teacher's hard labels",
+        example=Example(),
+    )
 
     def __init__(
         self, config: DeiTConfig, student: nn.Module, teacher: nn.Module | None, data: DataInfo

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Losses, Needs, promote
+from mdistiller.methods.base import Card, Example, Losses, Needs, promote
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -146,6 +146,11 @@ class DiffKD(FeatureMethod[DiffKDConfig]):
     """Denoises the student's last map and logits by diffusion models of the teacher's, then compares them."""
 
     Config = DiffKDConfig
+    card = Card(
+        "Huang, Zhang, Zheng, You, Wang, Qian, Xu: Knowledge Diffusion for Distillation, NeurIPS 2023",
+        "The teacher is much larger and training time is cheap: five passes of a small denoiser",
+        example=Example(("last_map",), ("last_map",), 628_016, reads_logits=True),
+    )
     needs = Needs()
 
     def __init__(self, config: DiffKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

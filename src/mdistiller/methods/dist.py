@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Logits, Losses, Method, MethodConfig, Scalar
+from mdistiller.methods.base import Card, Logits, Losses, Method, MethodConfig, Scalar
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import soften
 from mdistiller.methods.registry import register_method
@@ -73,6 +73,10 @@ class DIST(Method[DISTConfig]):
     """Correlates the probabilities over the classes of a sample and over the samples of a class."""
 
     Config = DISTConfig
+    card = Card(
+        "Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022",
+        "The teacher is much stronger: matches correlations instead of probabilities",
+    )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config

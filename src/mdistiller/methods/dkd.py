@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Card,
+    Example,
     Labels,
     LogitMethod,
     Logits,
@@ -201,6 +203,11 @@ class DKD(LogitMethod[DKDConfig]):
     """Weights target-class (TCKD) and non-target-class (NCKD) distillation separately."""
 
     Config = DKDConfig
+    card = Card(
+        "Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022",
+        "The teacher is so confident that KD transfers little; you choose β",
+        example=Example(),
+    )
     needs = Needs(labels=True, every_label=False)
 
     def __init__(

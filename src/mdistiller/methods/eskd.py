@@ -9,7 +9,7 @@ from dataclasses import replace
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Losses
+from mdistiller.methods.base import Card, Example, Losses
 from mdistiller.methods.kd import KD, KDConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -28,6 +28,11 @@ class ESKD(KD):
 
     Config = ESKDConfig
     config: ESKDConfig
+    card = Card(
+        "Cho, Hariharan: On the Efficacy of Knowledge Distillation, ICCV 2019",
+        "A better teacher made a worse student: use an early checkpoint (`--save-epochs`)",
+        example=Example(),
+    )
 
     def __init__(self, config: ESKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, promote
+from mdistiller.methods.base import Card, Example, Losses, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, TapPair, Weight, stages
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -56,6 +56,11 @@ class FitNet(FeatureMethod[FitNetConfig]):
 
     Config = FitNetConfig
     sequences = True
+    card = Card(
+        "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015",
+        "The first feature method to try: one hint between maps or tokens of any two models",
+        example=Example(("stage2",), ("stage2",), 16_768),
+    )
 
     def __init__(self, config: FitNetConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

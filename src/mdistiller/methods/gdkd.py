@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
@@ -100,6 +100,11 @@ class GDKD(LogitMethod[GDKDConfig]):
     """Decouples the teacher's top k classes, in place of the target, from the rest."""
 
     Config = GDKDConfig
+    card = Card(
+        "Zheng, Cheng: Rethinking Decoupled Knowledge Distillation: "
+        "A Predictive Distribution Perspective, 2025",
+        "Many classes: splits off the teacher's top k instead of the target; needs no labels",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, exact, promote
+from mdistiller.methods.base import Card, Example, LogitMethod, Losses, MethodConfig, exact, promote
 from mdistiller.methods.class_means import ClassMeans, class_shares
 from mdistiller.methods.kd import (
     AnyLogits,
@@ -119,6 +119,11 @@ class IKL(LogitMethod[IKLConfig]):
     """Adds a weighted squared error of logit differences to the cross-entropy of KD."""
 
     Config = IKLConfig
+    card = Card(
+        "Cui, Tian, Zhong, Qi, Yu, Zhang: Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024",
+        "You want to match pairwise logit differences as well as probabilities",
+        example=Example(),
+    )
 
     def __init__(self, config: IKLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

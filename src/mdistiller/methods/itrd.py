@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, exact, promote, unit
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote, unit
 from mdistiller.methods.features import FeatureConfig, FeatureMethod
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -97,6 +97,11 @@ class ITRD(FeatureMethod[ITRDConfig]):
 
     Config = ITRDConfig
     sequences = True
+    card = Card(
+        "Miles, Lopez-Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation, BMVC 2022",
+        "Like CRD without a memory bank: correlations and similarities of embeddings",
+        example=Example(("pooled",), ("pooled",), 65_792),
+    )
     taps_by_default = "pooled"
 
     def __init__(self, config: ITRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.registry import register_method
 from mdistiller.types import IGNORED
 
@@ -197,6 +197,10 @@ class KD(LogitMethod[KDConfig]):
     """Matches the teacher's softened class probabilities."""
 
     Config = KDConfig
+    card = Card(
+        "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015",
+        "The first method to try, with any pair of models, with or without labels",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

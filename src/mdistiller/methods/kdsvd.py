@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, exact
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar, exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight, map_pairs
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -119,6 +119,12 @@ class KDSVD(FeatureMethod[KDSVDConfig]):
     """Matches the relations between the leading singular vectors of neighboring stages."""
 
     Config = KDSVDConfig
+    card = Card(
+        "Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, "
+        "ECCV 2018",
+        "A baseline that older papers report: compares changes between stages",
+        example=Example(STAGES, STAGES),
+    )
 
     def __init__(self, config: KDSVDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Logits, Losses, Needs, promote
+from mdistiller.methods.base import Card, Example, Logits, Losses, Needs, promote
 from mdistiller.methods.compose import Wrapper, WrapperConfig, get_method, method_config
 from mdistiller.methods.registry import register_method
 from mdistiller.methods.views import PreparedMethod
@@ -65,6 +65,11 @@ class LSKD(Wrapper[LSKDConfig]):
     """
 
     Config = LSKDConfig
+    card = Card(
+        "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024",
+        "The student cannot match the scale of the teacher's logits; wraps any logit method",
+        example=Example(),
+    )
     needs = Needs(every_label=False)
 
     @classmethod

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.methods.base import (
+    Card,
     Logits,
     Losses,
     Method,
@@ -63,6 +64,11 @@ class LumiNet(Method[LumiNetConfig]):
     """Applies KD to logits that are standardized over the batch, class by class."""
 
     Config = LumiNetConfig
+    card = Card(
+        "Hossain, Elahi, Ramasinghe, Cheraghian, Rahman, Mohammed, Rahman: LumiNet: Perception-Driven "
+        "Knowledge Distillation via Statistical Logit Calibration, 2023",
+        "Large batches: standardizes each class's logits over the batch",
+    )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         c = self.config

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Logits, Losses, Scalar, exact, promote
+from mdistiller.methods.base import Card, Example, Logits, Losses, Scalar, exact, promote
 from mdistiller.methods.gather import gather
 from mdistiller.methods.kd import kd_samples, soften
 from mdistiller.methods.registry import register_method
@@ -82,6 +82,11 @@ class MLKD(PreparedMethod[MLKDConfig]):
     """Matches predictions and the correlations of samples and of classes at several temperatures."""
 
     Config = MLKDConfig
+    card = Card(
+        "Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023",
+        "You can afford two views per image; compares instances, batches and classes",
+        example=Example(),
+    )
 
     def __init__(self, config: MLKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

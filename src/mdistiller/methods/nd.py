@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Card,
+    Example,
     Labels,
     Losses,
     Method,
@@ -95,6 +97,12 @@ class ND(Wrapper[NDConfig]):
     """
 
     Config = NDConfig
+    card = Card(
+        "Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature Norm "
+        "and Direction, 2023",
+        "You will use the embeddings themselves, as in search; wraps any logit method",
+        example=Example(("pooled",), ("pooled",), reads_logits=True),
+    )
     needs = Needs(labels=True, every_label=False)
     student_taps = teacher_taps = ("pooled",)
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, Needs, promote
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, Needs, promote
 from mdistiller.methods.dkd import dkd_samples
 from mdistiller.methods.kd import (
     AnyLogits,
@@ -87,6 +87,11 @@ class NKD(LogitMethod[NKDConfig]):
 
     Config = NKDConfig
     needs = Needs(labels=True, every_label=False)
+    card = Card(
+        "Yang, Zeng, Li, Zhang, Yuan, Li: From Knowledge Distillation to Self-Knowledge Distillation: "
+        "A Unified Approach with Normalized Loss and Customized Soft Labels, ICCV 2023",
+        "Like DKD, with a soft target in place of TCKD",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

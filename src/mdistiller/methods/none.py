@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mdistiller.methods.base import Losses, Method, MethodConfig, Needs
+from mdistiller.methods.base import Card, Losses, Method, MethodConfig, Needs
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
 
@@ -16,6 +16,10 @@ class NoDistillation(Method):
     """Trains with the task loss only."""
 
     Config = NoneConfig
+    card = Card(
+        "none: training on the labels alone",
+        "The baseline: train the student alone first and measure every gain against it",
+    )
     needs = Needs(teacher=False, one_class=False)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

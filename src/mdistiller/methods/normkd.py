@@ -6,7 +6,7 @@ A common temperature softens samples unequally, because the spread of their logi
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, kd_samples, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
@@ -70,6 +70,10 @@ class NormKD(LogitMethod[NormKDConfig]):
     """Applies KD at a temperature in proportion to the spread of each sample's logits."""
 
     Config = NormKDConfig
+    card = Card(
+        "Chi, Zheng, Li, Yang, Wu, Lin, Cai: NormKD: Normalized Logits for Knowledge Distillation, 2023",
+        "Logit scales vary between images: each image gets its own temperature",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         c = self.config

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.methods.base import Losses, Scalar, exact
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar, exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Maps, Weight, map_pairs
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -50,6 +50,11 @@ class NST(FeatureMethod[NSTConfig]):
     """Matches the distribution of the channels' activation maps."""
 
     Config = NSTConfig
+    card = Card(
+        "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017",
+        "Narrow teachers: compares the distribution of activations over positions",
+        example=Example(STAGES, STAGES),
+    )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
         return {"nst": self.weight * nst_loss(*self.read(student, teacher, batch.image))}

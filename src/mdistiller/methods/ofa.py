@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Method, MethodConfig, Needs
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Method, MethodConfig, Needs
 from mdistiller.methods.class_means import class_shares
 from mdistiller.methods.features import spread, stages, to_map
 from mdistiller.methods.kd import (
@@ -85,6 +85,12 @@ class OFA(Method[OFAConfig]):
 
     Config = OFAConfig
     needs = Needs(labels=True)
+    card = Card(
+        "Hao, Guo, Han, Tang, Hu, Wang, Xu: One-for-All: Bridge the Gap Between Heterogeneous Architectures "
+        "in Knowledge Distillation, NeurIPS 2023",
+        "Different architectures, such as a transformer and a CNN; taps only the student",
+        example=Example(STAGES, extra_parameters=261_164, reads_logits=True),
+    )
 
     def __init__(self, config: OFAConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

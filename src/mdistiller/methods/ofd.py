@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, promote
+from mdistiller.methods.base import PREACTIVATIONS, Card, Example, Losses, Scalar, promote
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -144,6 +144,11 @@ class OFD(FeatureMethod[OFDConfig]):
     """Matches pre-activations under a margin ReLU, except where they are off in both models."""
 
     Config = OFDConfig
+    card = Card(
+        "Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019",
+        "CNNs whose stages end in batch norm and ReLU",
+        example=Example(PREACTIVATIONS, PREACTIVATIONS, 86_912),
+    )
 
     def __init__(self, config: OFDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

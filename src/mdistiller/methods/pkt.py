@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, exact, unit
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, unit
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, Weight, float_pairs, sum_pairs
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, Outputs
@@ -64,6 +64,11 @@ class PKT(FeatureMethod[PKTConfig]):
 
     Config = PKTConfig
     sequences = True
+    card = Card(
+        "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018",
+        "Embeddings for search, without extra layers; widths may differ",
+        example=Example(("pooled",), ("pooled",)),
+    )
     taps_by_default = "pooled"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

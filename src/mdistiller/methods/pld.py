@@ -9,7 +9,7 @@ from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, Needs
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, Needs
 from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, check_class_ids, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 from mdistiller.types import IGNORED
@@ -71,6 +71,10 @@ class PLD(LogitMethod[PLDConfig]):
     """Learns the teacher's order of all classes, with the label first."""
 
     Config = PLDConfig
+    card = Card(
+        "Bassam, Zhu, Bian: PLD: A Choice-Theoretic List-Wise Knowledge Distillation, NeurIPS 2025",
+        "You want one loss instead of weighting cross-entropy and distillation; needs labels",
+    )
     needs = Needs(labels=True, every_label=False)
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

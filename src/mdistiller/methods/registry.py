@@ -5,17 +5,12 @@ import importlib.util
 import os
 import shlex
 import sys
-import tomllib
 from collections.abc import Callable, Iterable
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import TypeAdapter
-
 from mdistiller.errors import ConfigError, UnknownNameError
-from mdistiller.methods.base import Card, Method, MethodConfig
+from mdistiller.methods.base import Method, MethodConfig
 from mdistiller.methods.features import FeatureConfig
 
 PLUGIN = "mdistiller_plugin_"
@@ -53,19 +48,10 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
             )
         cls.name = name
         kind.own_name = name
-        if name in (cards := _cards()):
-            cls.card = cards[name]
         _METHODS[name] = cls
         return cls
 
     return add
-
-
-@cache
-def _cards() -> dict[str, Card]:
-    """Returns the cards of this package's methods."""
-    text = (files(__package__) / "cards.toml").read_text(encoding="utf-8")
-    return TypeAdapter(dict[str, Card]).validate_python(tomllib.loads(text))
 
 
 def list_methods() -> list[str]:

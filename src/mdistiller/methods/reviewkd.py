@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Losses, Scalar, ramp
+from mdistiller.methods.base import PREACTIVATIONS, STAGES, Card, Example, Losses, Scalar, ramp
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -101,6 +101,11 @@ class ReviewKD(FeatureMethod[ReviewKDConfig]):
     """Guides each stage of the student and all deeper ones by each stage of the teacher."""
 
     Config = ReviewKDConfig
+    card = Card(
+        "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021",
+        "Training time is cheap: each stage learns from all deeper ones; also for detectors",
+        example=Example((*STAGES, "pooled"), (*PREACTIVATIONS, "pooled"), 1_808_774),
+    )
 
     def __init__(
         self, config: ReviewKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import Losses, Scalar, exact
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, Weight, sum_pairs
 from mdistiller.methods.pkt import float_embeddings
 from mdistiller.methods.registry import register_method
@@ -74,6 +74,11 @@ class RKD(FeatureMethod[RKDConfig]):
 
     Config = RKDConfig
     sequences = True
+    card = Card(
+        "Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019",
+        "Embeddings for search or metric learning: distances and angles between images",
+        example=Example(("pooled",), ("pooled",)),
+    )
     taps_by_default = "pooled"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig, Needs
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig, Needs
 from mdistiller.methods.gdkd import kl_within, log_masses
 from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, check_class_ids, reduce_samples, soften
 from mdistiller.methods.registry import register_method
@@ -87,6 +87,10 @@ class RLD(LogitMethod[RLDConfig]):
     """Matches the teacher's confidence, in the label, and the classes ranked below the label."""
 
     Config = RLDConfig
+    card = Card(
+        "Sun, Chen, Lyu, Chen, Chen, Wang: Knowledge Distillation with Refined Logits, ICCV 2025",
+        "The teacher is wrong on some training images: labels correct it",
+    )
     needs = Needs(labels=True, every_label=False)
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, Method, Needs, exact, promote, ramp
+from mdistiller.methods.base import Card, Example, LogitMethod, Losses, Method, Needs, exact, promote, ramp
 from mdistiller.methods.compose import Wrapper, WrapperConfig
 from mdistiller.methods.features import classifier, last_map
 from mdistiller.methods.registry import register_method
@@ -67,6 +67,11 @@ class SDD(Wrapper[SDDConfig]):
 
     Config = SDDConfig
     base: LogitMethod
+    card = Card(
+        "Wei, Luo, Luo: Scale Decoupled Distillation, CVPR 2024",
+        "Images show several objects: distills parts of each image; wraps any logit method",
+        example=Example(("last_map",), ("last_map",)),
+    )
     needs = Needs(labels=True, classifier=True)
     student_taps = teacher_taps = ("last_map",)
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Needs, Scalar, exact, promote, unit
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Needs, Scalar, exact, promote, unit
 from mdistiller.methods.features import (
     FeatureConfig,
     FeatureMethod,
@@ -92,6 +92,11 @@ class SemCKD(FeatureMethod[SemCKDConfig]):
     Config = SemCKDConfig
     in_pairs = False
     needs = Needs()
+    card = Card(
+        "Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021",
+        "You do not know which layers match: attention decides, at the cost of memory and time",
+        example=Example(STAGES, STAGES, 10_233_632, reads_logits=True),
+    )
 
     def __init__(self, config: SemCKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

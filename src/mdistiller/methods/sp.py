@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, exact, promote
+from mdistiller.methods.base import Card, Example, Losses, Scalar, exact, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Weight, sum_pairs
 from mdistiller.methods.gather import gather
 from mdistiller.methods.registry import register_method
@@ -52,6 +52,11 @@ class SP(FeatureMethod[SPConfig]):
 
     Config = SPConfig
     sequences = True
+    card = Card(
+        "Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019",
+        "Similarities between images of a batch, without extra layers; widths may differ",
+        example=Example(("stage3",), ("stage3",)),
+    )
     taps_by_default = "last stage"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:

@@ -8,7 +8,7 @@ that are far weaker than the teacher.
 import torch
 from torch import Tensor, nn
 
-from mdistiller.methods.base import Losses, Scalar, promote, standardize
+from mdistiller.methods.base import Card, Example, Losses, Scalar, promote, standardize
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, Weight, check_shapes
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -53,6 +53,11 @@ class SRD(FeatureMethod[SRDConfig]):
 
     Config = SRDConfig
     sequences = True
+    card = Card(
+        "Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024",
+        "One linear projection of the embedding, for CNNs and transformers; combine with KD",
+        example=Example(("pooled",), ("pooled",), 65_792),
+    )
     taps_by_default = "embedding"
 
     def __init__(self, config: SRDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Method, MethodConfig, Scalar, exact, promote
+from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, Scalar, exact, promote
 from mdistiller.methods.features import classifier, probe_as, vector_as_map
 from mdistiller.methods.registry import register_method
 from mdistiller.models.external import tap_points
@@ -70,6 +70,11 @@ class SRRL(Method[SRRLConfig]):
     """Matches the teacher's last feature, also through the teacher's classifier."""
 
     Config = SRRLConfig
+    card = Card(
+        "Yang et al.: Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021",
+        "Embeddings that the teacher's classifier can read; map sizes may differ",
+        example=Example(("last_map",), ("pooled",), 66_048),
+    )
     teacher_taps = ("pooled",)
 
     def __init__(self, config: SRRLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, promote
+from mdistiller.methods.base import Card, Example, Losses, Scalar, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, stages, to_map
 from mdistiller.methods.registry import register_method
 from mdistiller.models.layouts import layout_of
@@ -153,6 +153,11 @@ class Tokens(FeatureMethod[TokensConfig]):
     """Matches the teacher's embedding and patches, each behind a head of its own."""
 
     Config = TokensConfig
+    card = Card(
+        "Ranzinger, Heinrich, Kautz, Molchanov: AM-RADIO: Agglomerative Vision Foundation Model, CVPR 2024",
+        "A foundation model as the teacher, with or without labels",
+        example=Example(("stage3", "pooled"), ("stage3", "pooled"), 131_584),
+    )
 
     def __init__(self, config: TokensConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         if not config.global_weight + config.patch_weight > 0:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import LogitMethod, Losses, MethodConfig
+from mdistiller.methods.base import Card, LogitMethod, Losses, MethodConfig
 from mdistiller.methods.kd import AnyLogits, Loss, Mask, Reduction, divergence, reduce_samples, soften
 from mdistiller.methods.registry import register_method
 
@@ -96,6 +96,10 @@ class TTM(LogitMethod[TTMConfig]):
     """Matches the teacher's power-transformed probabilities with the student's plain ones."""
 
     Config = TTMConfig
+    card = Card(
+        "Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024",
+        "KD with temperature on the teacher only, which regularizes the student",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         loss, _ = ttm_samples(student_logits, teacher_logits, self.config.gamma)
@@ -107,6 +111,10 @@ class WTTM(LogitMethod[WTTMConfig]):
     """Applies TTM with larger weights for samples where the teacher's probabilities are smooth."""
 
     Config = WTTMConfig
+    card = Card(
+        TTM.card.paper,
+        "Like TTM, with more weight on images where the teacher is unsure",
+    )
 
     def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, label: Tensor) -> Losses:
         loss, weight = ttm_samples(student_logits, teacher_logits, self.config.gamma)

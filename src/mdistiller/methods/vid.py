@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Scalar, promote
+from mdistiller.methods.base import STAGES, Card, Example, Losses, Scalar, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, pool_to_smaller, vector_as_map
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -61,6 +61,11 @@ class VID(FeatureMethod[VIDConfig]):
 
     Config = VIDConfig
     sequences = True
+    card = Card(
+        "Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019",
+        "Down-weights channels that the student cannot match, by a learned variance",
+        example=Example(STAGES, STAGES, 258_496),
+    )
 
     def __init__(self, config: VIDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
         super().__init__(config, student, teacher, data)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from mdistiller.methods.base import Losses, Scalar, promote
+from mdistiller.methods.base import Card, Example, Losses, Scalar, promote
 from mdistiller.methods.features import FeatureConfig, FeatureMethod, Vectors, Weight, check_shapes
 from mdistiller.methods.registry import register_method
 from mdistiller.types import Batch, DataInfo, Outputs
@@ -51,6 +51,11 @@ class VkD(FeatureMethod[VkDConfig]):
 
     Config = VkDConfig
     sequences = True
+    card = Card(
+        "Miles, Elezi, Deng: VkD: Improving Knowledge Distillation using Orthogonal Projections, CVPR 2024",
+        "Like SRD, with an orthogonal projection that keeps similarities; small transformers",
+        example=Example(("pooled",), ("pooled",), 65_536),
+    )
     taps_by_default = "embedding"
 
     def __init__(self, config: VkDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods.base import (
+    Card,
+    Example,
     Losses,
     Method,
     MethodConfig,
@@ -312,6 +314,12 @@ class WKDL(Method[WKDLConfig]):
 
     Config = WKDLConfig
     needs = Needs(labels=True)
+    card = Card(
+        "Lv, Yang, Li: Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation, "
+        "NeurIPS 2024",
+        "Some classes are close relatives: confusing them costs less",
+        example=Example(),
+    )
     distances: Tensor | None
 
     def __init__(self, config: WKDLConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
@@ -399,6 +407,11 @@ class WKDF(FeatureMethod[WKDFConfig]):
     """Matches means and standard deviations of the channels, the Gaussians of a feature map."""
 
     Config = WKDFConfig
+    card = Card(
+        WKDL.card.paper,
+        "Positions do not correspond: matches channel statistics",
+        example=Example(("stage3",), ("stage3",), 66_304),
+    )
     taps_by_default = "last stage"
 
     def __init__(self, config: WKDFConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
