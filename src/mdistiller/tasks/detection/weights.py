@@ -66,10 +66,7 @@ def build_for_data(
     if count is None or (known is None and count == num_classes):
         model = build_detector(config, num_classes, **size)
         if known is not None:
-            theirs, ours = (", ".join([*names][:12]) for names in (known, data.train.classes))
-            raise ConfigError(
-                f"{field}: {origin} was trained on {theirs}; the data has {ours}. {_fixed(model)}"
-            )
+            raise ConfigError(f"{field}: {origin} has the classes {', '.join(known)}. {_fixed(model)}")
         return model
     known = known or {}
     if known and max(known.values()) + 1 != count:
@@ -83,7 +80,7 @@ def build_for_data(
     if missing:
         warnings.warn(f"{origin} has no class {some}: their outputs start from small weights", stacklevel=2)
     elif sorted(wanted, key=known.__getitem__) != [*wanted]:
-        warnings.warn(f"{origin}: its classes are put into the data's order, by their names", stacklevel=2)
+        warnings.warn(f"{origin}: its classes were put into the data's order, by their names", stacklevel=2)
     model = build_detector(config, count, **size)
     select_classes(model, count, [0, *map(known.get, data.train.classes)])
     return model
@@ -121,9 +118,7 @@ def select_classes(model: nn.Module, count: int, rows: Sequence[int | None]) -> 
 
 
 def _fixed(model: nn.Module) -> str:
-    return (
-        f"Which outputs of {type(model).__name__} are of which class is unknown, so its classes cannot move"
-    )
+    return f"Which outputs of {type(model).__name__} are of which class is unknown, so none can move"
 
 
 def _new(like: Tensor, key: str, path: str) -> Tensor:

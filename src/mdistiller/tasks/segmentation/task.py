@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mdistiller.checks import class_order
 from mdistiller.config import SELF
 from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
@@ -33,7 +34,7 @@ from mdistiller.tasks.segmentation.segmenter import (
 )
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
-from mdistiller.training.dense import DenseSplits, DenseTask, check_classes
+from mdistiller.training.dense import DenseSplits, DenseTask
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import torch_dtype
 from mdistiller.training.task import try_single_image
@@ -74,8 +75,8 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
         model = build_segmenter(config.student, data.train.num_classes, new_classifier=True)
         file, classes = config.student.checkpoint, data.train.classes
         trained = getattr(model, "trained", None) if file is None else read_metadata(file).get("classes")
-        if sorted(trained or ()) == sorted(classes):  # others start as they are
-            self.reorder(model, check_classes(f"student: {file or 'weights'}", trained, classes))
+        where = f"student: {file or 'weights'}"
+        self.reorder(model, class_order(trained or (), classes, where, strict=False))
         return model
 
     def build_teacher(self, config: SegmentationConfig, data: SegmentationSplits) -> nn.Module:
@@ -98,8 +99,9 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
         if isinstance(model, SegFormer) and model.trained is not None:
             self.reorder(model, _check_weights(model.trained, data.train.classes))
         trained = {} if teacher.checkpoint is None else read_metadata(teacher.checkpoint)
-        places = check_classes(where, trained.get("classes"), data.train.classes, f": {advice}")
-        self.reorder(model, places)
+        names = trained.get("classes", ())
+        advice = f": {advice}"
+        self.reorder(model, class_order(names, data.train.classes, where, error=ConfigError, advice=advice))
         mean, std = (tuple(trained.get(name, getattr(config.data, name))) for name in ("mean", "std"))
         return with_own_input(model, InputConfig(config.data.mean, config.data.std), InputConfig(mean, std))
 
@@ -196,8 +198,8 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
 
 
 def _check_weights(trained: list[str], classes: Sequence[str]) -> list[int] | None:
-    """Checks the classes of a teacher's weights, as `check_classes`; raises a ConfigError if it has none."""
+    """Checks the classes of a teacher's weights, as `class_order`; raises a ConfigError if it has none."""
     if not trained or (trained[0] == "LABEL_0" and len(trained) != len(classes)):
         raise ConfigError(f"teacher.options: weights: they have no classifier of {len(classes)} classes")
-    names = None if trained[0] == "LABEL_0" else trained
-    return check_classes("teacher.options: weights", names, classes)
+    names = () if trained[0] == "LABEL_0" else trained
+    return class_order(names, classes, "teacher.options: weights", error=ConfigError)
