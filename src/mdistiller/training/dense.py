@@ -294,6 +294,7 @@ class DenseTask(Task[C, DenseSplits[Images], B]):
     build: ClassVar[Callable[..., nn.Module]]
     """Function that builds a `ModelConfig` for a number of classes, with its checkpoint loaded."""
     exports: ClassVar[DenseDeployment]
+    writes_predictions: ClassVar[bool] = False
 
     @abstractmethod
     def reorder(self, model: nn.Module, places: Sequence[int] | None) -> None:
@@ -324,6 +325,9 @@ class DenseTask(Task[C, DenseSplits[Images], B]):
         return cast(Evaluator, self.exports.evaluator(config, data.test, world))
 
     def evaluate(self, config: C, model: ModelConfig, world: World, predictions: Path | None = None) -> Line:
+        if predictions is not None and not self.writes_predictions:
+            hint = "allowed: a detector. `mdistiller predict --draw DIR` writes masks"
+            raise ConfigError(f"predictions: got a model of task {self.name!r}; {hint}")
         self.check_model(model.name)  # a wrong name must not wait for the data
         assert model.checkpoint is not None
         trained = read_metadata(model.checkpoint).get("classes", ())
