@@ -11,11 +11,10 @@ from mdistiller.errors import ConfigError
 from mdistiller.recipes import get_recipe
 from mdistiller.tasks.detection.adapter import Level
 from mdistiller.tasks.detection.adapters import adapter_of
-from mdistiller.tasks.detection.cwd import CWDConfig
 from mdistiller.tasks.detection.distiller import DetectionDistiller, object_masks
 from mdistiller.tasks.detection.fgd import FGD, ContextBlock, FGDConfig, fgd_focal_losses
 from mdistiller.tasks.detection.fgfi import FGFIConfig
-from mdistiller.tasks.detection.levels import Pyramid, match_channels, positions_in_papers
+from mdistiller.tasks.detection.levels import CWDConfig, Pyramid, match_channels, positions_in_papers
 from mdistiller.tasks.detection.methods import DATA, build_method
 from mdistiller.tasks.detection.mgd import MGD, MGDConfig, mgd_loss
 from mdistiller.tasks.detection.pkd import PKD, PKDConfig, pkd_loss

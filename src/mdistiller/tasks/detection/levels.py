@@ -1,4 +1,4 @@
-"""Levels of two detectors: pairs by stride, the teacher's maps on the student's grid, base of methods."""
+"""Levels of two detectors: pairs by stride, the teacher's on the student's grid; bases of methods; CWD."""
 
 import math
 import warnings
@@ -6,13 +6,16 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
 from mdistiller.methods import MethodConfig
-from mdistiller.methods.features import FeatureConfig, FeatureMethod
+from mdistiller.methods.base import Card, Losses
+from mdistiller.methods.cwd import cwd_loss
+from mdistiller.methods.features import FeatureConfig, FeatureMethod, Weight
 from mdistiller.tasks.detection.adapter import Kind, Level
-from mdistiller.types import DataInfo, Outputs
+from mdistiller.types import Batch, DataInfo, Outputs
 
 if TYPE_CHECKING:
     from torchvision.models.detection.image_list import ImageList
@@ -208,3 +211,31 @@ def positions_in_papers(student: nn.Module, levels: Iterable[str]) -> list[float
     """
     assert isinstance(student, Pyramid)
     return [_REFERENCE / student.levels[name].stride ** 2 for name in levels]
+
+
+class CWDConfig(FeatureConfig):
+    """Hyperparameters of CWD for detectors; the defaults are those of mmrazor."""
+
+    own_name = "cwd"
+
+    weight: Weight = 50.0
+    """Weight of the mean over the levels; mmrazor has 10 for the sum over five levels."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the distributions over positions."""
+
+
+class CWD(LevelMethod):
+    """Matches, channel by channel, the distribution of each level over its positions."""
+
+    Config = CWDConfig
+    config: CWDConfig
+    name = "cwd"
+    card = Card(
+        "Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
+    )
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Tensor) -> Losses:
+        temperature = self.config.temperature
+        pairs = self.adapted(student, teacher)
+        losses = torch.stack([cwd_loss(s, t, temperature=temperature) for s, t in pairs])
+        return {"cwd": self.weight * losses.mean()}

@@ -17,10 +17,10 @@ from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import BackboneAdapter, adapter_of
 from mdistiller.tasks.detection.bckd import BCKD
 from mdistiller.tasks.detection.crosskd import CrossKD
-from mdistiller.tasks.detection.cwd import CWD
 from mdistiller.tasks.detection.fgd import FGD
 from mdistiller.tasks.detection.fgfi import FGFI
 from mdistiller.tasks.detection.levels import (
+    CWD,
     OBJECTS,
     OVERLAP,
     LevelMethod,

@@ -73,12 +73,12 @@ def build_for_data(
     if known and max(known.values()) + 1 != count:
         raise CheckpointError(f"{origin} names {len(known)} classes, and has outputs of {count - 1}")
     missing = [name for name in wanted if name not in known]
-    lacks = f"{origin} has no class {some([*map(repr, missing)])}"
+    lacks = some([*map(repr, missing)])
     if missing and not new:
         names = some([*known]) if known else f"{count - 1} without names"
-        raise ConfigError(f"teacher.{field}: {lacks} of the data; it has {names}")
+        raise ConfigError(f"teacher.{field}: {origin} has no class {lacks} of the data; it has {names}")
     if missing:
-        warnings.warn(f"{lacks}: their outputs start from small weights", stacklevel=2)
+        warnings.warn(f"{origin} has no class {lacks}: their outputs start from small weights", stacklevel=2)
     elif sorted(wanted, key=known.__getitem__) != [*wanted]:
         warnings.warn(f"{origin}: its classes were put into the data's order, by their names", stacklevel=2)
     model = build_detector(config, count, **size)
