@@ -1,12 +1,14 @@
 """Checks of what a distiller is given, and of what a method returns, with their messages."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.errors import ConfigError, TrainingError
+from mdistiller.data.encoded import some
+from mdistiller.errors import CheckpointError, ConfigError, MDistillerError, TrainingError
 from mdistiller.methods import Method, get_method, list_methods
 from mdistiller.types import IGNORED, Inputs, Outputs
 
@@ -31,6 +33,34 @@ def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
             "student and teacher share parameters, so the teacher would change with the student: make one of "
             "them a copy (copy.deepcopy)"
         )
+
+
+def class_order(
+    theirs: Sequence[str],
+    ours: Sequence[str],
+    where: object,
+    *,
+    strict: bool = True,
+    error: type[MDistillerError] = CheckpointError,
+    advice: str = ". Use a model that was trained on classes of these names",
+) -> list[int] | None:
+    """Returns the places of the data's classes among a model's, and warns; None where nothing moves.
+
+    `theirs` is empty for a model without names. With `strict` other names are an `error`.
+    """
+    if not theirs or [*theirs] == [*ours]:
+        return None
+    if sorted(theirs) == sorted(ours) and len({*ours}) == len(ours):
+        warnings.warn(f"{where}: its classes were put into the data's order, by their names", stacklevel=3)
+        return [[*theirs].index(name) for name in ours]
+    if not strict:
+        return None
+    i = next((i for i, (one, two) in enumerate(zip(theirs, ours, strict=False)) if one != two), 0)
+    lacks, more = ([n for n in a if n not in b] for a, b in ((ours, theirs), (theirs, ours)))
+    raise error(
+        f"{where} was trained on other classes than the data's: class {i} is {theirs[i]!r} for the model and "
+        f"{ours[i]!r} in the data; only in the data: {some(lacks)}; only in the model: {some(more)}{advice}"
+    )
 
 
 def check_index(method: Method, index: Tensor | None, images: int | None) -> None:

@@ -404,7 +404,7 @@ def test_bad_usage(cli, student, data, tmp_path):
         (("train", tmp_path / "typo.json"), 2, "nearest: root"),
         (("eval", "fasterrcnn_resnet18", "--checkpoint", tmp_path / "no"), 1, "no such checkpoint"),
         (("eval", "fasterrcnn_resnet19", "--checkpoint", tmp_path / "no"), 2, "nearest: fasterrcnn_resnet18"),
-        (("eval", out, "--data.root", other), 2, "was trained on 3 classes (red, green, blue)"),
+        (("eval", out, "--data.root", other), 2, "in the data: scarlet; only in the model: red: evaluate it"),
         (("eval", out, "--data.root", data, "--batch-size", "0"), 2, "batch_size: got 0"),
         (("predict", out, tmp_path / "no.png"), 1, "no.png cannot be read"),
     ]

@@ -44,8 +44,9 @@ def examine() -> Line:
     for name, (packages, use) in EXTRAS.items():
         # The module of mlflow-skinny is mlflow, that of ray[tune] is ray.
         missing = [p for p in packages if find_spec(p.removesuffix("-skinny").partition("[")[0]) is None]
-        extras[name] = {"version": _version(packages[0]), "use": use}
-        extras[name] |= {"missing": missing, "install": install_command(name)} if missing else {}
+        extra: Line = {"version": _version(packages[0]), "use": use}
+        extra |= {"missing": missing, "install": install_command(name)} if missing else {}
+        extras[name] = extra
     devices = [_device(torch.device("cpu"), where["cpu"])]
     for i, gpu in enumerate(where["gpus"]):
         devices.append(_device(torch.device("cuda", i), gpu))

@@ -15,6 +15,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
+from mdistiller.checks import class_order
 from mdistiller.config import RunConfig, find_field
 from mdistiller.data.cores import Workers
 from mdistiller.data.encoded import as_encoded
@@ -158,25 +159,6 @@ def _rising(value: tuple[float, float]) -> tuple[float, float]:
 
 Factors = Annotated[tuple[float, float], AfterValidator(_rising)]
 """Lowest and highest factor of a random scale."""
-
-
-def check_classes(
-    where: str, trained: Sequence[str] | None, classes: Sequence[str], advice: str = ""
-) -> list[int] | None:
-    """Returns the places of the data's classes among a checkpoint's, and warns; None where nothing moves.
-
-    Raises:
-        ConfigError: the checkpoint was trained on other classes.
-    """
-    if trained is None or list(trained) == list(classes):
-        return None
-    if sorted(trained) != sorted(classes) or len(set(classes)) < len(classes):
-        own, other = (
-            f"{len(n)} classes ({', '.join(n[:5])}{', …' * (len(n) > 5)})" for n in (classes, trained)
-        )
-        raise ConfigError(f"{where} was trained on {other}; the data has {own}{advice}")
-    warnings.warn(f"{where}: its classes are put into the data's order, by their names", stacklevel=2)
-    return [[*trained].index(name) for name in classes]
 
 
 def check_apart(root: Path, train: Sequence[Path], test: Sequence[Path]) -> None:
@@ -323,6 +305,7 @@ class DenseTask(Task[C, DenseSplits[Images], B]):
     build: ClassVar[Callable[..., nn.Module]]
     """Function that builds a `ModelConfig` for a number of classes, with its checkpoint loaded."""
     exports: ClassVar[DenseDeployment]
+    writes_predictions: ClassVar[bool] = False
 
     @abstractmethod
     def reorder(self, model: nn.Module, places: Sequence[int] | None) -> None:
@@ -353,12 +336,15 @@ class DenseTask(Task[C, DenseSplits[Images], B]):
         return cast(Evaluator, self.exports.evaluator(config, data.test, world))
 
     def evaluate(self, config: C, model: ModelConfig, world: World, predictions: Path | None = None) -> Line:
+        if predictions is not None and not self.writes_predictions:
+            hint = "allowed: a detector. `mdistiller predict --draw DIR` writes masks"
+            raise ConfigError(f"predictions: got a model of task {self.name!r}; {hint}")
         self.check_model(model.name)  # a wrong name must not wait for the data
         assert model.checkpoint is not None
-        trained = read_metadata(model.checkpoint).get("classes")
+        trained = read_metadata(model.checkpoint).get("classes", ())
         images = self.exports.load_split(config.data, "test")
-        advice = ": evaluate it on data of its own"
-        places = check_classes(f"data: {model.checkpoint}", trained, images.classes, advice)
+        where, advice = f"data: {model.checkpoint}", ": evaluate it on data of its own"
+        places = class_order(trained, images.classes, where, error=ConfigError, advice=advice)
         network = self.build(model, images.num_classes)
         self.reorder(network, places)
         network.to(world.device)

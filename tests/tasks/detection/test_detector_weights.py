@@ -108,7 +108,7 @@ def test_a_teacher_of_more_classes_and_of_another_order(data, tmp_path):
         config = DetectionConfig.model_validate(
             {"student": "fasterrcnn_resnet18", "method": "kd", "teacher": teacher}
         )
-        with pytest.warns(UserWarning, match="its classes are put into the data's order, by their names"):
+        with pytest.warns(UserWarning, match="its classes were put into the data's order, by their names"):
             model = get_task("detection").build_teacher(config, data)
         rows = [0, *(1 + classes.index(name) for name in ("red", "green", "blue"))]
         torch.testing.assert_close(outputs(model)[0], before[:, rows])
@@ -136,7 +136,7 @@ def test_the_same_classes_and_weights_without_names(data, tmp_path):
     torch.save(coco.state_dict(), tmp_path / "coco.pt")
     config = ModelConfig(name="torchvision/fasterrcnn_resnet50_fpn", checkpoint=tmp_path / "coco.pt")
     animals = replace(data.train, categories=((1, 4, "dog"), (2, 7, "person"), (3, 9, "cat")))
-    with pytest.warns(UserWarning, match="its classes are put into the data's order"):
+    with pytest.warns(UserWarning, match="its classes were put into the data's order"):
         taught = build_for_data(config, replace(data, train=animals), new=False)
     torch.testing.assert_close(outputs(taught)[0], outputs(coco)[0][:, [0, 18, 1, 17]])
     for count in (4, 6):
@@ -177,7 +177,7 @@ def test_an_evaluation_compares_the_names(tmp_path):
         expected = task.evaluate(config, given, World(torch.device("cpu")), tmp_path / "a.json")
     select_classes(model, len(classes) + 1, [0, *range(len(classes), 0, -1)])
     save_student(file, model, about | {"classes": classes[::-1]})
-    with pytest.warns(UserWarning, match="its classes are put into the data's order, by their names"):
+    with pytest.warns(UserWarning, match="its classes were put into the data's order, by their names"):
         assert task.evaluate(config, given, World(torch.device("cpu")), tmp_path / "b.json") == expected
     found = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
     assert found[0] == found[1] != []
@@ -187,5 +187,5 @@ def test_an_evaluation_compares_the_names(tmp_path):
     with pytest.warns(UserWarning, match="left out 1 image that cannot be read"):
         assert task.evaluate(config, given, World(torch.device("cpu")))["images"] == 1
     save_student(file, model, about | {"classes": [*classes[:-1], "pink"]})
-    with pytest.raises(ConfigError, match=rf"trained on .*pink.*; the data has .*{classes[-1]}"):
+    with pytest.raises(ConfigError, match=f"only in the data: {classes[-1]}; only in the model: pink"):
         task.evaluate(config, given, World(torch.device("cpu")))

@@ -113,7 +113,7 @@ def test_a_teachers_classes_are_those_of_the_data(short, option, data):
     with pytest.raises(ConfigError, match=r"teacher\.options: .*COCO_V1 has no class 'widget' of the data"):
         build_for_data(config, data, new=False)
     known = replace(data.train, categories=((1, 4, "dog"), (2, 7, "person"), (3, 9, "cat")))
-    with pytest.warns(UserWarning, match="its classes are put into the data's order"):
+    with pytest.warns(UserWarning, match="its classes were put into the data's order"):
         model = build_for_data(config, replace(data, train=known), new=False)
     expected, _ = outputs(get_model(short, weights="DEFAULT"))
     torch.testing.assert_close(outputs(model)[0], expected[:, [0, DOG, 1, CAT]])
@@ -131,7 +131,7 @@ def test_a_file_of_ssdlite(data, states, tmp_path):
     save_student(file, model, {"model": name, "options": {}, "classes": ["cat", "dog", "widget"]})
     known = replace(data.train, categories=((1, 2, "widget"), (2, 7, "cat")))
     fewer = replace(data, train=known)
-    with pytest.warns(UserWarning, match="its classes are put into the data's order"):
+    with pytest.warns(UserWarning, match="its classes were put into the data's order"):
         taught = build_for_data(ModelConfig(name=name, checkpoint=file), fewer, new=False)
     torch.testing.assert_close(outputs(taught)[0], outputs(model)[0][:, [0, 3, 1]])
 

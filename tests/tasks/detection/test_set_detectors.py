@@ -249,7 +249,7 @@ def test_classes_of_a_folder_are_found_by_their_names(kind, squares, tmp_path):
     folder = save(old, tmp_path / "folder")
     data = load_detection(DetectionDataConfig(root=squares))
     config = ModelConfig(name=f"transformers/{kind}", options={"weights": folder})
-    with pytest.warns(UserWarning, match="its classes are put into the data's order"):
+    with pytest.warns(UserWarning, match="its classes were put into the data's order"):
         new = build_for_data(config, data, new=False).eval()
     assert (new.size, new.mean.flatten().tolist()) == (SIDE, pytest.approx([0.1, 0.2, 0.3]))
     images, _ = batch()

@@ -1,15 +1,14 @@
 """Models of a classification run with their weights: the student, one teacher or several."""
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mdistiller.checks import class_order
 from mdistiller.data import Splits
-from mdistiller.data.encoded import some
 from mdistiller.errors import CheckpointError, ConfigError, UnknownNameError
 from mdistiller.methods import Method, get_method
 from mdistiller.methods.compose import build_method
@@ -176,41 +175,17 @@ class Ensemble(nn.Module):
         return torch.stack([logits_of(member(image)) for member in self.members]).mean(0)
 
 
-def class_order(
-    theirs: Sequence[str], source: object, data: Splits, *, strict: bool = True
-) -> list[int] | None:
-    """Returns the positions of the data's classes among a teacher's, and warns; None if the order is equal.
-
-    Raises:
-        CheckpointError: the classes have other names, where the data's names came with it and `strict`.
-    """
-    ours = list(data.classes)
-    if list(theirs) == ours:
-        return None
-    if set(theirs) != set(ours) or len(set(ours)) != len(theirs):
-        if not (strict and data.named):
-            return None
-        i = next((i for i, (one, two) in enumerate(zip(theirs, ours, strict=False)) if one != two), 0)
-        lacks, more = ([n for n in a if n not in b] for a, b in ((ours, theirs), (theirs, ours)))
-        raise CheckpointError(
-            f"{source} was trained on other classes than the data's: class {i} is {theirs[i]!r} for the "
-            f"model and {ours[i]!r} in the data; only in the data: {some(lacks)}; only in the model: "
-            f"{some(more)}. Use a model that was trained on classes of these names"
-        )
-    warnings.warn(f"{source}: its classes were put into the data's order, by their names", stacklevel=3)
-    return [theirs.index(name) for name in ours]
-
-
 def order_classes(model: nn.Module, checkpoint: Path | None, data: Splits, *, strict: bool = True) -> None:
     """Reorders the classes of a run's model to match the data, as `class_order`, in place.
 
-    `checkpoint` is its run, or its file; without names of classes nothing is compared.
+    `checkpoint` is its run, or its file. Other names are an error with `strict` and where the data came with
+    its names.
 
     Raises:
         CheckpointError: as `class_order`, and for a model without a known classifier.
     """
-    found = None if checkpoint is None else read_metadata(checkpoint).get("classes")
-    places = class_order(found or data.classes, checkpoint, data, strict=strict)
+    found = () if checkpoint is None else read_metadata(checkpoint).get("classes", ())
+    places = class_order(found, data.classes, checkpoint, strict=strict and data.named)
     if places is None:
         return
     order = torch.tensor(places)
@@ -234,7 +209,7 @@ def fit_stored(teacher: StoredTeacher, source: object, data: Splits) -> StoredTe
         ConfigError: as `StoredTeacher.fit`.
         CheckpointError: as `class_order`.
     """
-    places = class_order(teacher.classes or data.classes, source, data)
+    places = class_order(teacher.classes or (), data.classes, source, strict=data.named)
     return teacher.fit(data.train, places)
 
 

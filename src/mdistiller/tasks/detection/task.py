@@ -61,7 +61,7 @@ class DetectionTask(DenseTask[DetectionConfig, DetectionSet, DetectionBatch]):
     fixed_shapes = False
     # FitNet's students were better than with 0.2 on both sets of docs/results/detection.md.
     auto_ratio = 4.0
-    shows_strength = True
+    shows_strength = writes_predictions = True
 
     def load_data(self, config: DetectionConfig) -> DetectionSplits:
         data = load_detection(config.data)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mdistiller.data.encoded import some
 from mdistiller.errors import CheckpointError, ConfigError
 from mdistiller.models import ModelConfig
 from mdistiller.models.weights import read_metadata, read_weights
@@ -66,24 +67,20 @@ def build_for_data(
     if count is None or (known is None and count == num_classes):
         model = build_detector(config, num_classes, **size)
         if known is not None:
-            theirs, ours = (", ".join([*names][:12]) for names in (known, data.train.classes))
-            raise ConfigError(
-                f"{field}: {origin} was trained on {theirs}; the data has {ours}. {_fixed(model)}"
-            )
+            raise ConfigError(f"{field}: {origin} has the classes {some([*known])}. {_fixed(model)}")
         return model
     known = known or {}
     if known and max(known.values()) + 1 != count:
         raise CheckpointError(f"{origin} names {len(known)} classes, and has outputs of {count - 1}")
     missing = [name for name in wanted if name not in known]
-    some = ", ".join(map(repr, missing[:5])) + ", …" * (len(missing) > 5)
+    lacks = some([*map(repr, missing)])
     if missing and not new:
-        names = ", ".join([*known][:12]) + ", …" * (len(known) > 12)
-        names = names if known else f"{count - 1} without names"
-        raise ConfigError(f"teacher.{field}: {origin} has no class {some} of the data; it has {names}")
+        names = some([*known]) if known else f"{count - 1} without names"
+        raise ConfigError(f"teacher.{field}: {origin} has no class {lacks} of the data; it has {names}")
     if missing:
-        warnings.warn(f"{origin} has no class {some}: their outputs start from small weights", stacklevel=2)
+        warnings.warn(f"{origin} has no class {lacks}: their outputs start from small weights", stacklevel=2)
     elif sorted(wanted, key=known.__getitem__) != [*wanted]:
-        warnings.warn(f"{origin}: its classes are put into the data's order, by their names", stacklevel=2)
+        warnings.warn(f"{origin}: its classes were put into the data's order, by their names", stacklevel=2)
     model = build_detector(config, count, **size)
     select_classes(model, count, [0, *map(known.get, data.train.classes)])
     return model
@@ -121,9 +118,7 @@ def select_classes(model: nn.Module, count: int, rows: Sequence[int | None]) -> 
 
 
 def _fixed(model: nn.Module) -> str:
-    return (
-        f"Which outputs of {type(model).__name__} are of which class is unknown, so its classes cannot move"
-    )
+    return f"Which outputs of {type(model).__name__} are of which class is unknown, so none can move"
 
 
 def _new(like: Tensor, key: str, path: str) -> Tensor:

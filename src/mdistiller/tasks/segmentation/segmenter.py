@@ -97,11 +97,8 @@ EMBEDDING = "embedding"
 AUX = "aux"
 """Tap of the auxiliary classifier's logits, of models that have it; only with gradients."""
 
-CLASSIFIERS = (
-    *(f"{head}.4" for head in ("classifier", "aux_classifier")),
-    *(f"classifier.{level}_classifier" for level in ("low", "high")),
-    "model.decode_head.classifier",
-)
+CLASSIFIERS: tuple[str, ...] = ("classifier.4", "aux_classifier.4", "model.decode_head.classifier")
+CLASSIFIERS += ("classifier.low_classifier", "classifier.high_classifier")
 """Module paths of the convolutions with an output for each class, some of which each model has."""
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")

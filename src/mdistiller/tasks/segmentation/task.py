@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from mdistiller.checks import class_order
 from mdistiller.config import SELF
 from mdistiller.distiller import Distiller
 from mdistiller.errors import CheckpointError, ClassCountError, ConfigError
@@ -34,7 +34,7 @@ from mdistiller.tasks.segmentation.segmenter import (
 )
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
-from mdistiller.training.dense import DenseSplits, DenseTask, check_classes
+from mdistiller.training.dense import DenseSplits, DenseTask
 from mdistiller.training.distributed import World
 from mdistiller.training.precision import torch_dtype
 from mdistiller.training.task import try_single_image
@@ -73,10 +73,10 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
 
     def build_student(self, config: SegmentationConfig, data: SegmentationSplits) -> nn.Module:
         model = build_segmenter(config.student, data.train.num_classes, new_classifier=True)
-        file, classes = config.student.checkpoint, data.train.classes
-        trained = getattr(model, "trained", None) if file is None else read_metadata(file).get("classes")
-        if sorted(trained or ()) == sorted(classes):  # others start as they are
-            self.reorder(model, check_classes(f"student: {file or 'weights'}", trained, classes))
+        file = config.student.checkpoint
+        names = _names(model, {} if file is None else read_metadata(file))
+        places = class_order(names, data.train.classes, f"student: {file or 'weights'}", strict=False)
+        self.reorder(model, places)
         return model
 
     def build_teacher(self, config: SegmentationConfig, data: SegmentationSplits) -> nn.Module:
@@ -89,18 +89,20 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
             f"train it on this data first (mdistiller train {family}.teacher.{teacher.name}), then give "
             "--teacher RUN"
         )
-        where = f"teacher.checkpoint: {teacher.checkpoint}"
+        file = teacher.checkpoint
+        where = f"teacher.checkpoint: {file}" if file is not None else "teacher.options: weights"
         try:
             model = build_segmenter(teacher, data.train.num_classes)
         except ClassCountError as error:
             raise CheckpointError(
                 f"{where} has {error.theirs} classes, the data {data.train.num_classes}: {advice}"
             ) from error
-        if isinstance(model, SegFormer) and model.trained is not None:
-            self.reorder(model, _check_weights(model.trained, data.train.classes))
-        trained = {} if teacher.checkpoint is None else read_metadata(teacher.checkpoint)
-        places = check_classes(where, trained.get("classes"), data.train.classes, f": {advice}")
-        self.reorder(model, places)
+        names, classes = getattr(model, "trained", None), data.train.classes
+        if names is not None and (not names or (names[0] == "LABEL_0" and len(names) != len(classes))):
+            raise ConfigError(f"teacher.options: weights: they have no classifier of {len(classes)} classes")
+        trained = {} if file is None else read_metadata(file)
+        names, advice = _names(model, trained), f": {advice}"
+        self.reorder(model, class_order(names, classes, where, error=ConfigError, advice=advice))
         mean, std = (tuple(trained.get(name, getattr(config.data, name))) for name in ("mean", "std"))
         return with_own_input(model, InputConfig(config.data.mean, config.data.std), InputConfig(mean, std))
 
@@ -165,16 +167,6 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
         label = torch.zeros(1, *config.augment.crop, dtype=torch.int64, device=image.device)
         try_single_image(config, distiller, Batch(image, label, label[:, 0, 0]))
 
-    def evaluate(
-        self, config: SegmentationConfig, model: ModelConfig, world: World, predictions: Path | None = None
-    ) -> Line:
-        if predictions is not None:
-            raise ConfigError(
-                f"predictions: got a model of task {self.name!r}; allowed: a detector. "
-                "`mdistiller predict --draw DIR` writes masks"
-            )
-        return super().evaluate(config, model, world)
-
     def format_metrics(self, metrics: Line) -> list[str]:
         lines = [
             f"mIoU {metrics['mIoU']:.2f} %  pixel accuracy {metrics['pixel_accuracy']:.2f} %  "
@@ -196,9 +188,7 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
         }
 
 
-def _check_weights(trained: list[str], classes: Sequence[str]) -> list[int] | None:
-    """Checks the classes of a teacher's weights, as `check_classes`; raises a ConfigError if it has none."""
-    if not trained or (trained[0] == "LABEL_0" and len(trained) != len(classes)):
-        raise ConfigError(f"teacher.options: weights: they have no classifier of {len(classes)} classes")
-    names = None if trained[0] == "LABEL_0" else trained
-    return check_classes("teacher.options: weights", names, classes)
+def _names(model: nn.Module, metadata: Line) -> Sequence[str]:
+    """Returns the names of the classes that a model was trained on; none where they are unknown."""
+    names: Sequence[str] = metadata.get("classes") or getattr(model, "trained", None) or ()
+    return () if [*names[:1]] == ["LABEL_0"] else names
