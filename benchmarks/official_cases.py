@@ -27,8 +27,7 @@ from mdistiller.methods.simkd import ReusedClassifier
 from mdistiller.tasks.detection.adapter import Level
 from mdistiller.tasks.detection.dense_methods import bckd_loss
 from mdistiller.tasks.detection.distiller import object_masks
-from mdistiller.tasks.detection.fgd import FGD, FGDConfig
-from mdistiller.tasks.detection.level_methods import MGD, MGDConfig, pkd_loss
+from mdistiller.tasks.detection.level_methods import FGD, MGD, FGDConfig, MGDConfig, pkd_loss
 from mdistiller.tasks.detection.levels import OBJECTS, Pyramid
 from mdistiller.tasks.segmentation.maps import cirkd_loss, skd_loss
 from mdistiller.training.dot import DOT

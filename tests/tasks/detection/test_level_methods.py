@@ -12,14 +12,17 @@ from mdistiller.recipes import get_recipe
 from mdistiller.tasks.detection.adapter import Level
 from mdistiller.tasks.detection.adapters import adapter_of
 from mdistiller.tasks.detection.distiller import DetectionDistiller, object_masks
-from mdistiller.tasks.detection.fgd import FGD, ContextBlock, FGDConfig, fgd_focal_losses
 from mdistiller.tasks.detection.level_methods import (
+    FGD,
     MGD,
     PKD,
+    ContextBlock,
     CWDConfig,
+    FGDConfig,
     FGFIConfig,
     MGDConfig,
     PKDConfig,
+    fgd_focal_losses,
     mgd_loss,
     pkd_loss,
 )

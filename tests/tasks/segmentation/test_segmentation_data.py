@@ -304,9 +304,9 @@ def test_masks_are_found_by_the_names_of_files(squares, tmp_path):
     paired(squares, tmp_path / "split", "train", "val")
     found = load_segmentation(SegmentationDataConfig(root=tmp_path / "split"))
     for ours, theirs in ((found.train, given.train), (found.test, given.test)):
-        masks = {theirs.path(i).name: theirs.read(i)[1] for i in range(len(theirs))}
-        assert sorted(ours.path(i).name for i in range(len(ours))) == sorted(masks)
-        assert all(np.array_equal(ours.read(i)[1], masks[ours.path(i).name]) for i in range(len(ours)))
+        masks = {theirs.images[i].name: theirs.read(i)[1] for i in range(len(theirs))}
+        assert sorted(ours.images[i].name for i in range(len(ours))) == sorted(masks)
+        assert all(np.array_equal(ours.read(i)[1], masks[ours.images[i].name]) for i in range(len(ours)))
     root = tmp_path / "flat"
     paired(squares, root)
     with pytest.raises(DataError, match=r"no folder train for train; --data\.val-fraction 0\.2"):
@@ -316,13 +316,13 @@ def test_masks_are_found_by_the_names_of_files(squares, tmp_path):
     ):
         load_segmentation(SegmentationDataConfig(root=tmp_path / "split", val_fraction=0.25))
     cut = load_segmentation(SegmentationDataConfig(root=root, val_fraction=0.25))
-    names = [{images.path(i).name for i in range(len(images))} for images in (cut.train, cut.test)]
+    names = [{images.images[i].name for i in range(len(images))} for images in (cut.train, cut.test)]
     assert (len(names[0]), len(names[1]), names[0] & names[1]) == (9, 3, set())
-    masks = {file.stem: cut.train.read(i)[1] for i, file in enumerate(map(cut.train.path, range(9)))}
+    masks = {file.stem: cut.train.read(i)[1] for i, file in enumerate(cut.train.images)}
     for file in (root / "Masks").iterdir():
         file.rename(file.with_name(f"{file.stem}_L.png"))
     again = load_segmentation(SegmentationDataConfig(root=root, val_fraction=0.25)).train
-    assert all(np.array_equal(again.read(i)[1], masks[again.path(i).stem]) for i in range(9))
+    assert all(np.array_equal(again.read(i)[1], masks[again.images[i].stem]) for i in range(9))
     file = min((root / "Masks").iterdir())
     file.rename(file.with_name("other.png"))
     with pytest.raises(

@@ -31,7 +31,6 @@ from mdistiller.types import Line
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCO's twelve, in its order
 
@@ -123,16 +122,6 @@ def average_precision(results: Sequence[Line], images: DetectionSet) -> Line:
 
 
 def _evaluate(results: Sequence[Line], images: DetectionSet, kind: str) -> Line:
-    evaluation = _accumulate(results, images, kind)
-    metrics: Line = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
-    precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
-    names = {category: name for _, category, name in images.categories}
-    by_category = enumerate(map(names.get, evaluation.params.catIds))
-    return metrics | {"categories": {name: _percent(precision[:, :, k, 0, -1]) for k, name in by_category}}
-
-
-def _accumulate(results: Sequence[Line], images: DetectionSet, kind: str) -> "COCOeval":
-    """Returns the evaluation of results, summarized."""
     # pycocotools prints, and standard output is for results.
     with contextlib.redirect_stdout(io.StringIO()):
         # pycocotools writes into the annotations.
@@ -152,7 +141,11 @@ def _accumulate(results: Sequence[Line], images: DetectionSet, kind: str) -> "CO
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation
+    metrics: Line = {n: _percent(v) for n, v in zip(METRICS, evaluation.stats, strict=False)}
+    precision = evaluation.eval["precision"]  # [overlaps, recalls, categories, areas, limits of detections]
+    names = {category: name for _, category, name in images.categories}
+    by_category = enumerate(map(names.get, evaluation.params.catIds))
+    return metrics | {"categories": {name: _percent(precision[:, :, k, 0, -1]) for k, name in by_category}}
 
 
 def _index(content: Content, annotations: list[Line]) -> "COCO":

@@ -8,7 +8,6 @@ from typing import TypeVar
 from PIL import Image
 
 from mdistiller.data.decoder import plain, read_image
-from mdistiller.data.encoded import IMAGE_SUFFIXES
 from mdistiller.errors import DataError
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.types import Line
@@ -35,18 +34,16 @@ def as_coco(
     config: DetectionDataConfig,
     names: Sequence[str],
     sources: Iterable[Source],
-    locate: Callable[[Source], tuple[Path, tuple[int, int]]],
-    objects: Callable[[Source, int, int], Iterable[Line]],
+    read: Callable[[Source], tuple[Path, tuple[int, int], Iterable[Line]]],
 ) -> Content:
     """Makes the lists of a COCO-format JSON; category ids are 1 … K in the order of the names.
 
     Args:
         config: settings of the data; `file_name` is relative to its root. With `on_error="skip"` images for
-            which `locate` raises DataError are left out, with a warning.
+            which `read` raises DataError are left out, with a warning.
         names: names of the classes.
         sources: what there is of each image.
-        locate: finds its file and its (width, height).
-        objects: reads its objects; gets the width and the height too.
+        read: finds its file, its (width, height) and its objects.
     """
     root = config.root
     categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
@@ -54,7 +51,7 @@ def as_coco(
     errors = []
     for number, source in enumerate(sources, 1):
         try:
-            path, (width, height) = locate(source)
+            path, (width, height), objects = read(source)
         except DataError as error:
             if config.on_error == "raise":
                 raise
@@ -62,7 +59,7 @@ def as_coco(
             continue
         name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path.absolute())
         content["images"].append({"id": number, "file_name": name, "width": width, "height": height})
-        for found in objects(source, width, height):
+        for found in objects:
             identity = {"id": len(content["annotations"]) + 1, "image_id": number}
             content["annotations"].append(identity | found)
     if errors:
@@ -76,11 +73,6 @@ def find_folder(root: Path, name: str) -> Path:
         return root / name
     found = sorted(p for p in root.iterdir() if p.name.lower() == name.lower() and p.is_dir())
     return found[0] if found else root / name
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Lists the image files in a folder and those below it, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
 def read_sized(path: Path, size: tuple[int, int]) -> Image.Image:

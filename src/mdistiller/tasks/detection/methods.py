@@ -16,8 +16,7 @@ from mdistiller.methods.several import Several
 from mdistiller.tasks.detection.adapter import DetectorAdapter
 from mdistiller.tasks.detection.adapters import BackboneAdapter, adapter_of
 from mdistiller.tasks.detection.dense_methods import BCKD, CrossKD
-from mdistiller.tasks.detection.fgd import FGD
-from mdistiller.tasks.detection.level_methods import CWD, FGFI, MGD, PKD
+from mdistiller.tasks.detection.level_methods import CWD, FGD, FGFI, MGD, PKD
 from mdistiller.tasks.detection.levels import (
     OBJECTS,
     OVERLAP,

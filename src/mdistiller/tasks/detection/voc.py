@@ -53,18 +53,18 @@ def read_voc(config: DetectionDataConfig, split: Split) -> Content:
         names = sorted({name for file in root.rglob("*.xml") for name, _, _ in _parse(file).objects})
     ids = {name: number for number, name in enumerate(names, 1)}
 
-    def objects(xml: _Xml, width: int, height: int) -> Iterator[Line]:
+    def objects(xml: _Xml) -> Iterator[Line]:
         for name, (x1, y1, x2, y2), difficult in xml.objects:
             if name not in ids:
                 raise DataError(f"{xml.file}: object {name!r}; allowed: {', '.join(ids)}")
             box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
             yield {"iscrowd": int(difficult), "category_id": ids[name], "bbox": box}
 
-    def locate(xml: _Xml) -> tuple[Path, tuple[int, int]]:
+    def read(xml: _Xml) -> tuple[Path, tuple[int, int], Iterator[Line]]:
         image = _image_of(root, xml.file, xml.image)
-        return image, xml.size or upright_size(image)
+        return image, xml.size or upright_size(image), objects(xml)
 
-    return as_coco(config, names, map(_parse, _files(config, split)), locate, objects)
+    return as_coco(config, names, map(_parse, _files(config, split)), read)
 
 
 class _Xml(NamedTuple):

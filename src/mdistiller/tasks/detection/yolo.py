@@ -3,16 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from mdistiller.data.folder import images_below
 from mdistiller.errors import DataError
 from mdistiller.tasks.detection.config import DetectionDataConfig
-from mdistiller.tasks.detection.listing import (
-    SPLITS,
-    Content,
-    as_coco,
-    images_in,
-    read_names,
-    upright_size,
-)
+from mdistiller.tasks.detection.listing import SPLITS, Content, as_coco, read_names, upright_size
 from mdistiller.training.dense import Split
 from mdistiller.types import Line
 
@@ -54,12 +48,13 @@ def read_yolo(config: DetectionDataConfig, split: Split) -> Content:
     if not any(label_file(image).is_file() for image in files):
         raise DataError(f"{files[0].parent} has {len(files)} images and no labels: no {label_file(files[0])}")
 
-    def objects(image: Path, width: int, height: int) -> Iterator[Line]:
-        file = label_file(image)
+    def read(image: Path) -> tuple[Path, tuple[int, int], Iterator[Line]]:
+        file, size = label_file(image), upright_size(image)
         points = "kpt_shape" in described
-        return _objects(file, names, width, height, has_points=points) if file.is_file() else iter(())
+        found = _objects(file, names, *size, has_points=points) if file.is_file() else iter(())
+        return image, size, found
 
-    return as_coco(config, names, files, lambda image: (image, upright_size(image)), objects)
+    return as_coco(config, names, files, read)
 
 
 def label_file(image: Path) -> Path:
@@ -125,7 +120,7 @@ def _sources(config: DetectionDataConfig, split: Split, described: dict[str, obj
 
 def _images(source: Path) -> list[Path]:
     if source.is_dir():
-        found = images_in(source)
+        found = sorted(images_below(source))
     else:
         lines = source.read_text(encoding="utf-8-sig").split("\n")
         found = [source.parent / line.strip() for line in lines if line.strip()]

@@ -13,17 +13,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from mdistiller.data.decoder import plain
+from mdistiller.data.folder import images_below
 from mdistiller.errors import ConfigError, DataError, UnknownNameError
 from mdistiller.tasks.detection.coco import DetectionSet, decode_mask, has_mask
 from mdistiller.tasks.detection.config import DetectionDataConfig
 from mdistiller.tasks.detection.layouts import load_split as load_objects
-from mdistiller.tasks.detection.listing import (
-    SPLITS,
-    find_folder,
-    images_in,
-    read_names,
-    read_sized,
-)
+from mdistiller.tasks.detection.listing import SPLITS, find_folder, read_names, read_sized
 from mdistiller.tasks.segmentation.config import SegmentationDataConfig
 from mdistiller.training.dense import DenseDataConfig, DenseSplits, Split, check_apart, check_fraction
 
@@ -62,8 +57,8 @@ class _Masks:
 class MaskFiles(_Masks):
     """Image files with mask files; `table` maps the 256 values of a mask to class ids, -1 for no class."""
 
-    images: tuple[Path, ...]
-    masks: tuple[Path, ...]
+    images: list[Path]
+    masks: list[Path]
     table: tuple[int, ...]
     advice: str
 
@@ -77,9 +72,6 @@ class MaskFiles(_Masks):
     @property
     def labels(self) -> Iterator[object]:
         return iter([self.table])
-
-    def path(self, index: int) -> Path:
-        return self.images[index]
 
     def read(self, index: int) -> tuple[Image.Image, Mask]:
         """Reads an RGB image and its mask [H, W] of class ids; 255 marks pixels without a class.
@@ -112,7 +104,7 @@ class MaskFiles(_Masks):
     def select(self, indices: list[int]) -> Self:
         """Returns the images at some indices."""
         images, masks = ([paths[i] for i in indices] for paths in (self.images, self.masks))
-        return replace(self, images=tuple(images), masks=tuple(masks))
+        return replace(self, images=images, masks=masks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +123,16 @@ class ObjectMasks(_Masks):
         return len(self.objects)
 
     @property
-    def files(self) -> list[Path]:
+    def images(self) -> list[Path]:
         return self.objects.files
+
+    @property
+    def files(self) -> list[Path]:
+        return self.images
 
     @property
     def labels(self) -> Iterator[object]:
         return chain(self.objects.labels, [self.ids, self.crowds])
-
-    def path(self, index: int) -> Path:
-        return self.objects.images[index].path
 
     def read(self, index: int) -> tuple[Image.Image, Mask]:
         image, target = self.objects.read(index)
@@ -168,10 +161,10 @@ def load_segmentation(config: SegmentationDataConfig) -> DenseSplits[Segmentatio
         ConfigError: as `load_split`; val_fraction for a set with test images.
     """
     train, test = load_split(config, "train"), load_split(config, "test")
-    check_fraction(config, _paths(train, test), lambda own: _paths(load_split(own, "test")))
+    check_fraction(config, [*train.images, *test.images], lambda own: load_split(own, "test").images)
     if train.classes != test.classes:
         raise DataError(f"{config.root}: the classes of training and test images differ")
-    check_apart(config.root, _paths(train), _paths(test))
+    check_apart(config.root, train.images, test.images)
     _check_masks(config, "training", train, 2)
     _check_masks(config, "test", test, 1)
     line = f"{config.root.name}: {len(train):,} training images, {len(test):,} test images, "
@@ -191,10 +184,6 @@ def _check_masks(config: SegmentationDataConfig, which: str, images: Segmentatio
         f"{config.root}: pixels in the masks of the {which} images have {has}; of their values "
         f"{config.ignore_index} is ignored: --data.ignore-index names another one"
     )
-
-
-def _paths(*sets: SegmentationSet) -> list[Path]:
-    return [images.path(i) for images in sets for i in range(len(images))]
 
 
 def load_split(config: SegmentationDataConfig, split: Split) -> SegmentationSet:
@@ -228,13 +217,9 @@ def _voc(config: SegmentationDataConfig, split: Split) -> MaskFiles:
         f"name the classes in {config.root / 'classes.txt'}, one a line from value 0 on, or another ignored "
         "value with --data.ignore-index"
     )
+    skip = config.on_error
     return MaskFiles(
-        images=tuple(images),
-        masks=tuple(masks),
-        classes=classes,
-        table=tuple(table),
-        advice=advice,
-        on_error=config.on_error,
+        images=images, masks=masks, classes=classes, table=tuple(table), advice=advice, on_error=skip
     )
 
 
@@ -271,7 +256,8 @@ def _paired(config: SegmentationDataConfig, split: Split) -> tuple[list[Path], l
             f"{', '.join(dict.fromkeys(names))} for {split}; --data.val-fraction 0.2 splits them"
         )
     photographs, masks = (folder / (inner or "") for folder in folders)
-    images, known = images_in(photographs), {_name(path, masks): path for path in images_in(masks)}
+    images = sorted(images_below(photographs))
+    known = {_name(path, masks): path for path in sorted(images_below(masks))}
     if not images:
         raise DataError(f"{photographs} has no images")
     named = {n.removesuffix("_L"): path for n, path in known.items()} | known  # CamVid's masks end in _L
@@ -304,8 +290,8 @@ def _cityscapes(config: SegmentationDataConfig, split: Split) -> MaskFiles:
         table[value] = i
     table[config.ignore_index] = IGNORE
     return MaskFiles(
-        images=tuple(images),
-        masks=tuple(place.with_name(f"{place.name}_gtFine_{kind}.png") for place in places),
+        images=images,
+        masks=[place.with_name(f"{place.name}_gtFine_{kind}.png") for place in places],
         classes=CITYSCAPES_CLASSES,
         table=tuple(table),
         advice="make the masks with Cityscapes' own scripts",

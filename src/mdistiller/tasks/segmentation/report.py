@@ -48,7 +48,7 @@ def masks(rows: PageRows, images: int, device: str, found: RunOutputs | None = N
         pairs = [shown.read(i) for i in range(len(shown))]
     except (MDistillerError, OSError) as error:
         return missing_parts([f"The test images cannot be read: {error}"])
-    names = [shown.path(i).name for i in range(len(shown))]
+    names = [path.name for path in shown.images]
     drawings = [
         [panel("Photograph", _picture(image, None, name)), panel("True", _picture(image, mask, name))]
         for name, (image, mask) in zip(names, pairs, strict=True)
