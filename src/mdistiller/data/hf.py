@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
-from mdistiller.data.encoded import EncodedSet, ReadOptions, make_splits, read_options, some
+from mdistiller.data.encoded import EncodedSet, SetMaker, make_splits, set_maker, some
 from mdistiller.data.layout import ADVICE, TEST, TRAIN, VALIDATION, evaluation_split
 from mdistiller.data.lists import LABEL_COLUMNS, sort_classes
 from mdistiller.data.registry import register_dataset
@@ -70,13 +70,13 @@ def load_hf(config: DataConfig) -> Splits:
     classes: tuple[str, ...] = ()
     if label is not None:
         classes, class_ids = _classes(config, train, label)
-    options = read_options(config, 224)
+    make = set_maker(config, 224)
 
     def rows_of(rows: "Dataset", split: str) -> EncodedSet:
         if missing := {image, *([label] if label else [])} - set(rows.column_names):
             raise DataError(f"{config.root}: split {split} has no column {missing.pop()!r}")
         labels = class_ids(rows, split) if label else torch.full((len(rows),), IGNORED)
-        return _row_set(rows, image, labels, config.root / split, options)
+        return _row_set(rows, image, labels, config.root / split, make)
 
     first = rows_of(train, "train")
     second = first.select(torch.arange(0)) if test is None else rows_of(test, config.eval_split)
@@ -186,9 +186,9 @@ def _classes(
     return names, class_ids
 
 
-def _row_set(rows: "Dataset", column: str, labels: Tensor, origin: Path, options: ReadOptions) -> EncodedSet:
+def _row_set(rows: "Dataset", column: str, labels: Tensor, origin: Path, make: SetMaker) -> EncodedSet:
     import datasets
 
     images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     samples = [DatasetRow(images, column, origin, i) for i in range(len(images))]
-    return EncodedSet(samples=np.array(samples, dtype=object), labels=labels, **options)
+    return make(samples=np.array(samples, dtype=object), labels=labels)

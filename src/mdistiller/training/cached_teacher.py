@@ -30,7 +30,7 @@ class CachedTeacher(Teacher):
         taps: names of the features to return with the logits.
         models: config of the teacher, or of the teachers that act as one.
         num_views: views of each image in a batch.
-        image: an image of zeros [1, 3, H, W] on the device, from which the sizes of the outputs follow.
+        image: an image of zeros [1, C, H, W] on the device, from which the sizes of the outputs follow.
         precision: precision of the teacher's passes, a part of what the rows depend on.
     """
 
