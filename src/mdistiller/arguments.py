@@ -77,7 +77,7 @@ def config_for(
 
 def find_model(given: object, role: str, objects: Objects, images: object = None) -> GivenTeacher:
     """Finds a model, and enters a module among the objects."""
-    fields = {} if images is None else find_input(images, f"{role}_input")._asdict()
+    fields = {} if images is None else find_input(images, f"{role}_input", None)._asdict()
     if isinstance(given, nn.Module):
         name = name_of(given, with_weights=role == "teacher")
         objects.models[name] = given
@@ -133,7 +133,7 @@ def find_data(given: object, *, labeled: bool = True) -> tuple[str, Line, dict[s
         fields.setdefault("val_fraction", 0.1)
     if test is None and fields.get("val_fraction") is None:
         raise ConfigError("data: no test set; give (train, test), or {'train': …, 'val_fraction': 0.1}")
-    kind, reader = read_given(train, test, classes)
+    kind, reader = read_given(train, test, classes, len(fields.get("mean") or "RGB"))
     return "folder", fields | {"kind": kind}, {kind: reader}
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Self, TypeGuard, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, TypeGuard, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -12,11 +12,22 @@ from mdistiller.errors import ConfigError, UnknownNameError, nearest_fields
 from mdistiller.types import Line
 
 Mean = Annotated[float, Field(ge=0, le=1)]
-"""Mean of a color channel, for images scaled to [0, 1]."""
+"""Mean of a channel, for images scaled to [0, 1]."""
 Std = Annotated[float, Field(gt=0, le=1)]
-"""Standard deviation of a color channel, for images scaled to [0, 1]."""
+"""Standard deviation of a channel, for images scaled to [0, 1]."""
+Means = Annotated[tuple[Mean, ...], Field(min_length=1)]
+Stds = Annotated[tuple[Std, ...], Field(min_length=1)]
 Side = Annotated[int, Field(ge=1, le=8192)]
 """Side of square images in pixels; a larger one exhausts any memory."""
+
+
+def check_channels(values: Any) -> Any:
+    """Checks settings: `mean` and `std` have one number for each channel. For `model_validator`."""
+    counts = [3 if x is None else len(x) for x in (values.mean, values.std)]
+    if counts[0] != counts[1]:
+        got = f"got {counts[0]} and {counts[1]} numbers (None: three, for red, green and blue)"
+        raise ValueError(f"mean, std: {got}; allowed: one number for each channel, in both")
+    return values
 
 
 class Settings(BaseModel):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mdistiller.errors import ConfigError, MDistillerError, TapError, UnknownNameError
 from mdistiller.models.external import tap_points
 from mdistiller.models.layouts import MAP, VECTOR, Layout, layout_of, parse_layout
-from mdistiller.models.own_input import OwnInput
+from mdistiller.models.own_input import CHANNELS, OwnInput
 from mdistiller.models.tap_table import without_adapters
 from mdistiller.types import DataInfo, LogitsOf, Outputs
 
@@ -363,9 +363,11 @@ def probe(
     except Exception as error:
         shape = info.input_shape
         what = f"images of shape {tuple(shape)}" if isinstance(shape, tuple) else "the example in input_shape"
+        channels = shape[0] if isinstance(shape, tuple) and len(shape) == 3 else 3
+        advice = "" if channels == 3 else f"; allowed for these images: {CHANNELS} {channels}"
         raise ConfigError(
             f"{type(model).__name__} cannot run on {what} "
-            f"(input_shape, or the data's image size): {type(error).__name__}: {error}"
+            f"(input_shape, or the data's image size): {type(error).__name__}: {error}{advice}"
         ) from error
     return Outputs(logits.to("meta"), {name: value.to("meta") for name, value in features.items()})
 

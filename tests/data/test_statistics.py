@@ -33,8 +33,8 @@ def test_they_go_before_the_sets_own(kind, memory, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mean": (0.5, 0.5)}, "mean.2"),
-        ({"mean": (0.5, 0.5, 0.5, 0.5)}, "at most 3 items"),
+        ({"mean": (0.5, 0.5)}, "mean, std: got 2 and 3 numbers .*one number for each channel"),
+        ({"mean": (0.5, 0.5, 0.5, 0.5)}, "mean, std: got 4 and 3 numbers .*one number for each channel"),
         ({"mean": (123.7, 116.3, 103.5)}, "less than or equal to 1"),  # of images up to 255
         ({"mean": (0.5, float("nan"), 0.5)}, "mean.1"),
         ({"std": (0.5, 0.0, 0.5)}, "greater than 0"),

@@ -109,19 +109,20 @@ def _model(config: ModelConfig, model: nn.Module, source: AnySource) -> str:
     """Returns name, parameters, multiply-accumulates and origin of the weights of a model."""
     count = sum(p.numel() for p in model.parameters())
     text = f"{config.name}, {short(count)} parameters"
-    if source.image_size is not None:
-        macs = _macs(model, config.image_size or source.image_size)
+    if source.shape is not None:
+        channels, size, _ = source.shape
+        macs = _macs(model, channels, config.image_size or size)
         text += f", {short(macs)} MACs an image" if macs else ""
     pretrained = any(config.options.get(name) for name in ("pretrained", "weights"))
     start = "pretrained backbone" if config.options.get("backbone_weights") else "random weights"
     return f"{text}, {config.checkpoint or ('pretrained' if pretrained else start)}"
 
 
-def _macs(model: nn.Module, size: int) -> int:
+def _macs(model: nn.Module, channels: int, size: int) -> int:
     """Counts multiply-accumulates on a copy without storage; 0 where the model does not run on one."""
     try:
         copy = without_storage(without_own_input(model)).eval()
-        return count_macs(copy, torch.zeros(1, 3, size, size, device="meta"))
+        return count_macs(copy, torch.zeros(1, channels, size, size, device="meta"))
     except Exception:  # a model that branches on values; the plan is the poorer, and the run goes on
         return 0
 

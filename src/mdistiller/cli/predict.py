@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mdistiller.cli.flags import Positional
 from mdistiller.cli.options import Command
-from mdistiller.data.decoder import read_image
-from mdistiller.data.encoded import IMAGE_SUFFIXES
+from mdistiller.data.encoded import ENDINGS
+from mdistiller.data.folder import images_below
 from mdistiller.deploy.predict import Predictor, load_predictor
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.stored import write_outputs
@@ -47,10 +47,10 @@ class PredictCommand(Command):
     def execute(self) -> None:
         if not self.images:
             raise ConfigError("predict needs at least one image; see mdistiller predict --help")
-        paths = [path for given in self.images for path in _files(given)]
-        read: list[Path] = []
-        images = _read(paths, read, skip=self.on_error == "skip")
         predictor = load_predictor(self.source, self.device)
+        paths = [path for given in self.images for path in _files(given, predictor.card.channels)]
+        read: list[Path] = []
+        images = _read(predictor, paths, read, skip=self.on_error == "skip")
         deployment = predictor.deployment
         if self.out is not None:
             rows = predictor.outputs(images)
@@ -87,17 +87,17 @@ def _write(file: Path, paths: Sequence[Path], rows: Tensor, classes: Sequence[st
         raise ConfigError(f"out: got {file}; allowed: FILE.npy, FILE.parquet")
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, channels: int) -> list[Path]:
     """Returns the image files in a folder and those below it, sorted, or a file itself."""
     if not path.is_dir():
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    found = sorted(images_below(path, channels))
     if not found:
-        raise DataError(f"{path} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
+        raise DataError(f"{path} has no images, which end in {ENDINGS}")
     return found
 
 
-def _read(paths: Sequence[Path], read: list[Path], *, skip: bool) -> Iterator[Image.Image]:
+def _read(predictor: Predictor, paths: Sequence[Path], read: list[Path], *, skip: bool) -> Iterator[Any]:
     """Yields images and adds their paths to `read`; with `skip`, warns about those that cannot be read.
 
     Raises:
@@ -106,7 +106,7 @@ def _read(paths: Sequence[Path], read: list[Path], *, skip: bool) -> Iterator[Im
     errors = []
     for path in paths:
         try:
-            image = read_image(path)
+            image = predictor.open(path)
         except DataError as error:
             errors.append(error)
             if not skip:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller.data.config import AugmentConfig
-from mdistiller.data.dataset import Triple
+from mdistiller.data.dataset import PerChannel, as_pixels, check_pixels
 from mdistiller.data.draws import Draws
 from mdistiller.data.photometric import OPERATIONS, draw_changes, erase, place_box
 from mdistiller.data.policy import Policy, get_policy
+from mdistiller.errors import ConfigError
 from mdistiller.types import IGNORED, Batch, Line
 
 
@@ -55,12 +56,13 @@ class Augment(nn.Module):
     def __init__(
         self,
         config: AugmentConfig,
-        mean: Triple,
-        std: Triple,
+        mean: PerChannel,
+        std: PerChannel,
         num_classes: int,
         memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
         super().__init__()
+        check_colors(config, len(mean), "color_jitter", "policy")
         self.config, self.num_classes, self.memory_format = config, num_classes, memory_format
         # Not persistent, because these constants belong to the configuration and not to checkpoints.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
@@ -77,18 +79,17 @@ class Augment(nn.Module):
         """Augments and normalizes a batch.
 
         Args:
-            batch: image uint8 [B, H, W, 3] (otherwise ValueError), label int64 [B] or float [B, classes].
+            batch: image as in an `ImageSet` (otherwise ValueError), label int64 [B] or float [B, classes].
             draws: Random numbers of the batch's images. None: new ones from torch's default generator.
             generator: Source of mixup and CutMix, on the device of the batch. None: its default generator.
             strong: Apply `strong_policy` instead of `policy`.
 
         Returns:
-            image float32 [B, 3, H, W] in the memory format; label unchanged, or float32 [B, classes] if
+            image float32 [B, C, H, W] in the memory format; label unchanged, or float32 [B, classes] if
             mixed; index unchanged.
         """
         image = batch.image
-        if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[-1] != 3:
-            raise ValueError(f"image: got {image.dtype} {tuple(image.shape)}, need uint8 [B, H, W, 3]")
+        check_pixels(image, "image", len(self.mean))
         if not self.training:
             return batch._replace(image=self.normalize(image))
         if draws is None:
@@ -129,7 +130,7 @@ class Augment(nn.Module):
         return images.shape[1] // 8 if self.config.padding is None else self.config.padding
 
     def variants(self, images: Tensor) -> int:
-        """Counts the equally likely padded crops and flips of images [B, H, W, 3]: 162 for CIFAR."""
+        """Counts the equally likely padded crops and flips of images [B, H, W, C]: 162 for CIFAR."""
         return (2 * self._padding(images) + 1) ** 2 * (2 if self.config.flip else 1)
 
     def variant(self, images: Tensor, draw: Draw) -> Tensor:
@@ -154,7 +155,7 @@ class Augment(nn.Module):
     def draw(
         self, images: Tensor, draws: Draws, generator: torch.Generator | None = None, *, strong: bool = False
     ) -> Draw:
-        """Draws all random choices for images [B, H, W, 3], on their device; arguments as `forward`."""
+        """Draws all random choices for images [B, H, W, C], on their device; arguments as `forward`."""
         offsets = 2 * self._padding(images) + 1
         top, left = draws.integers(offsets, 2)
         flip = draws.integers(2).bool() if self.config.flip else torch.zeros_like(top, dtype=torch.bool)
@@ -181,12 +182,13 @@ class Augment(nn.Module):
         return padded[sample, row[:, :, None], column[:, None, :]]
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Scales uint8 [..., H, W, 3] to [0, 1], subtracts mean, divides by std: float32 [..., 3, H, W]."""
+        """Scales pixels [..., H, W, C] to [0, 1], subtracts mean, divides by std: float32 [..., C, H, W]."""
         if self.memory_format == torch.channels_last:
-            pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+            pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             return pixels.div_(255).sub_(self.mean).div_(self.std).movedim(-1, -3)
         # Planes first: then each operation has one number for a whole plane.
-        planes = images.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+        planes = images.movedim(-1, -3)
+        planes = planes.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         return planes.div_(255).sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
 
     def _draw_mix(self, images: Tensor, generator: torch.Generator | None) -> Mix | None:
@@ -224,8 +226,18 @@ class Augment(nn.Module):
         return mixed, weight * label + (1 - weight) * label[partner]
 
 
+def check_colors(config: AugmentConfig, channels: int, *names: str) -> None:
+    """Raises ConfigError if a field by name changes the colors of images that are not RGB."""
+    for name in names if channels != 3 else ():
+        if (value := getattr(config, name)) not in (0, "none"):
+            off = "'none'" if isinstance(value, str) else 0
+            raise ConfigError(
+                f"augment.{name}: got {value!r}, for RGB; of {channels} channels allowed: {off}"
+            )
+
+
 def _flip(images: Tensor, flip: Tensor) -> Tensor:
-    """Mirrors those of uint8 [B, H, W, 3] for which `flip` (bool [B]) holds; planes are first in memory."""
+    """Mirrors those of [B, H, W, C] for which `flip` (bool [B]) holds; planes are first in memory."""
     planes = images.movedim(-1, 1).contiguous()  # rows of one color are mirrored six times as fast
     if images.device.type != "cpu":
         return torch.where(flip[:, None, None, None], planes.flip(3), planes).movedim(1, -1)
@@ -252,7 +264,7 @@ def _draw_box(images: Tensor, scale: tuple[float, float], draws: Draws) -> Tenso
 
 
 def _crop_and_scale(images: Tensor, box: Tensor) -> Tensor:
-    """Crops boxes (int64 [4, B]) from uint8 [B, H, W, 3] and scales them back, bilinear; same shape."""
+    """Crops boxes (int64 [4, B]) from images [B, H, W, C] and scales them back, bilinear; same shape."""
     _, height, width, _ = images.shape
 
     def source(length: int, start: Tensor, size: Tensor) -> Tensor:
@@ -265,7 +277,7 @@ def _crop_and_scale(images: Tensor, box: Tensor) -> Tensor:
     y, x = source(height, top, tall), source(width, left, wide)
     grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], -1)
     scaled = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, mode="bilinear", align_corners=False)
-    return scaled.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return as_pixels(scaled, images.dtype).permute(0, 2, 3, 1).contiguous()
 
 
 def _box(area: Tensor, center: Tensor, height: int, width: int) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mdistiller.data.config import DataConfig
-from mdistiller.data.dataset import ImageSet, Splits, Triple
+from mdistiller.data.dataset import ImageSet, PerChannel, Splits
 from mdistiller.data.registry import register_dataset
 from mdistiller.data.unpickle import read_pickle
 from mdistiller.errors import DataError
@@ -23,8 +23,8 @@ class _Layout(NamedTuple):
     files: tuple[tuple[str, ...], tuple[str, ...]]  # of training and test images
     meta: str
     keys: tuple[str, str]  # of labels and class names
-    mean: Triple
-    std: Triple
+    mean: PerChannel
+    std: PerChannel
 
     @property
     def name(self) -> str:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mdistiller.data.cores import Workers
 from mdistiller.data.registry import get_reader
-from mdistiller.settings import Mean, Settings, Side, Std
+from mdistiller.settings import Means, Settings, Side, Stds, check_channels
 
 
 class DataConfig(Settings):
@@ -47,11 +47,12 @@ class DataConfig(Settings):
     resize: int | None = Field(default=None, ge=1)
     """Image files only: length in pixels to which the short side is scaled before the center crop of
     image_size (256 with image_size 224 is the usual ImageNet protocol). None: image_size."""
-    mean: tuple[Mean, Mean, Mean] | None = None
-    """Mean of red, green and blue, subtracted from images scaled to [0, 1]. None: the data set's own,
-    ImageNet's for image files. A pretrained model needs those of its own training."""
-    std: tuple[Std, Std, Std] | None = None
-    """Standard deviation of red, green and blue, the divisor after mean is subtracted. None: as `mean`."""
+    mean: Means | None = None
+    """Mean of each channel, subtracted from images scaled to [0, 1]. None: the data set's own, ImageNet's for
+    image files. A pretrained model needs those of its own training. Three numbers, or None: images are RGB.
+    Any other count is the number of the images' channels, in image files or .npy arrays."""
+    std: Stds | None = None
+    """Standard deviation of each channel, the divisor after mean is subtracted. None: as `mean`."""
     train_limit: int | None = Field(default=None, ge=1)
     """Largest number of training images, balanced over the classes and chosen by seed. None: all."""
     test_limit: int | None = Field(default=None, ge=1)
@@ -78,6 +79,13 @@ class DataConfig(Settings):
     """Number of classes of kind synthetic."""
     synthetic_samples: int = Field(default=256, ge=1)
     """Number of training images of kind synthetic; it has half as many test images."""
+
+    @property
+    def channels(self) -> int:
+        """Number of the images' channels."""
+        return len(self.mean or "RGB")
+
+    _check_channels = model_validator(mode="after")(check_channels)
 
     @property
     def is_own(self) -> bool:
@@ -121,7 +129,7 @@ class AugmentConfig(Settings):
     """Smallest and largest area of a `resized` crop, as fractions of the image's."""
     color_jitter: float = Field(default=0.0, ge=0.0, le=1.0)
     """Multiply brightness, contrast and saturation of each image by factors from 1 - color_jitter to
-    1 + color_jitter. 0: off."""
+    1 + color_jitter. RGB only. 0: off."""
     erase: float = Field(default=0.0, ge=0.0, le=1.0)
     """Probability of setting a box of 2 % to 33 % of an image to the mean color (random erasing). 0: off."""
     rotation: float = Field(default=0.0, ge=0.0, le=180.0)

@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 from mdistiller.errors import ConfigError
 
-Triple = tuple[float, float, float]
-IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
-IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+PerChannel = tuple[float, ...]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Decoded images (uint8 [N, H, W, 3], contiguous) and their labels, as `Batch.label` (int64 or float)."""
+    """Decoded images [N, H, W, C], contiguous, see `pixel_type`, and their labels, as `Batch.label`."""
 
     images: Tensor
     labels: Tensor
@@ -25,13 +25,9 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}, need uint8 [N, H, W, 3]")
-        is_right = labels.dtype == (torch.int64 if labels.ndim == 1 else torch.float32) and labels.ndim in (
-            1,
-            2,
-        )
-        if not is_right or len(labels) != len(images):
+        check_pixels(images, "images", images.shape[-1] if images.is_floating_point() else 3)
+        kind = {1: torch.int64, 2: torch.float32}.get(labels.ndim)
+        if labels.dtype != kind or len(labels) != len(images):
             raise ValueError(
                 f"labels: got {labels.dtype} {tuple(labels.shape)}, need int64 [{len(images)}], or float32 "
                 f"[{len(images)}, classes] of several classes each"
@@ -60,7 +56,7 @@ class StreamSet(ABC):
 
     @abstractmethod
     def read(self, index: int, seed: int) -> Tensor:
-        """Reads one image, uint8 [S, S, 3]; `seed` fixes everything random. DataError if that fails."""
+        """Reads an image [S, S, C] see `ImageSet`; `seed` fixes all that is random. DataError if it fails."""
 
     def select(self, indices: Tensor) -> Self:
         """Returns the images at `indices` (int64 [M]), in that order; the limits need it."""
@@ -69,7 +65,7 @@ class StreamSet(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStream(StreamSet):
-    """Decoded images in host memory (uint8 [N, H, W, 3]), scaled to `image_size` on reading."""
+    """Decoded images in host memory, as in an `ImageSet`, scaled to `image_size` on reading."""
 
     images: Tensor
     image_size: int
@@ -85,8 +81,8 @@ class Splits:
     train: ImageSet | StreamSet
     test: ImageSet | StreamSet
     classes: tuple[str, ...]  # names, in the order of the class ids
-    mean: Triple  # of each color channel, for images scaled to [0, 1]
-    std: Triple
+    mean: PerChannel  # of each channel, for images scaled to [0, 1]
+    std: PerChannel
     image_size: int  # side of the square images in pixels
     description: str  # name of the set; `load_data` adds counts, size and label noise, on one line
     crop: Literal["padded", "resized"] = "padded"  # random crops that suit the set: `augment.crop` auto
@@ -101,14 +97,37 @@ class Splits:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return len(self.mean), self.image_size, self.image_size
+
 
 def resize_images(images: Tensor, size: int) -> Tensor:
-    """Scales uint8 [N, H, W, 3] to uint8 [N, size, size, 3], bilinear, antialiased when shrinking."""
+    """Scales [N, H, W, C] to [N, size, size, C] of the same type, bilinear, antialiased when shrinking."""
     if images.shape[1:3] == (size, size):
         return images
-    out = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
+    out = images.new_empty(len(images), size, size, images.shape[-1])
     for part, target in zip(images.split(1024), out.split(1024), strict=True):
         part = part.permute(0, 3, 1, 2).float()
         scaled = F.interpolate(part, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        target.copy_(scaled.round_().clamp_(0, 255).permute(0, 2, 3, 1))
+        target.copy_(as_pixels(scaled, images.dtype).permute(0, 2, 3, 1))
     return out
+
+
+def as_pixels(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns scaled float32 pixels in the type of their images; `values` are changed."""
+    return values.round_().clamp_(0, 255).to(dtype) if dtype == torch.uint8 else values
+
+
+def pixel_type(channels: int) -> torch.dtype:
+    """Returns the type of decoded images: uint8 for RGB, float32 from 0 to 255 for other channels."""
+    return torch.uint8 if channels == 3 else torch.float32
+
+
+def check_pixels(images: Tensor, name: str, channels: int) -> None:
+    """Raises ValueError unless images are [B, H, W, C] with so many channels, of their type."""
+    need = pixel_type(channels)
+    if images.ndim != 4 or images.dtype != need or images.shape[-1] != channels:
+        got = f"{name}: got {images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"{got}, need {str(need).removeprefix('torch.')} [B, H, W, {channels}]")

@@ -1,6 +1,7 @@
 """Decoding of single images, and crops of them that are scaled to squares.
 
 torchcodec, or torchvision in its absence, decodes JPEG files of gray and of RGB colors, Pillow all others.
+Images of other channels than RGB keep the precision of their files, which may be NumPy's arrays.
 """
 
 import io
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import get_worker_info
@@ -32,10 +33,15 @@ _STRIP = 32  # largest aspect ratio that is scaled whole
 _ASPECT = math.log(4 / 3)  # of a random crop, from its reciprocal on
 _TRIES = 10
 _EXIF = re.compile(rb"\xff\xe1(..Exif\0)", re.DOTALL)  # head of a JPEG file's segment
-_ORIENTATION = ExifTags.Base.Orientation
+_ORIENTATION, _SAMPLES = ExifTags.Base.Orientation, ExifTags.Base.SamplesPerPixel
 _FAST_FORMATS, _FAST_MODES = ("JPEG", "MPO"), ("RGB", "L")  # names are Pillow's
 
-Pixels = npt.NDArray[np.uint8]
+# Pillow's modes of images without a palette, by the number of their channels.
+_MODES = {1: ("L", "I", "I;16", "I;16B", "I;16L", "F"), 2: ("LA",), 4: ("RGBA",)}
+_OTHERS = (".tif", ".tiff", ".npy")
+_ADVICE = "save images of other channels as .npy, [H, W, C] or [C, H, W], and give data.mean and data.std"
+
+Pixels = npt.NDArray[np.uint8 | np.float32]
 P = TypeVar("P", Pixels, Tensor)
 
 
@@ -71,19 +77,26 @@ def read_image(file: Path | BinaryIO, *, upright: bool = True) -> Image.Image:
     return rgb if turn is None else Image.fromarray(np.ascontiguousarray(turn(np.asarray(rgb))))
 
 
-def read_pixels(content: Tensor, name: str) -> Pixels:
+def read_pixels(content: Tensor, name: str, channels: int = 3) -> Pixels:
     """Decodes an image as `read_image` does, but faster, and not always to the same bits.
+
+    One of other channels than three is read as it is.
 
     Args:
         content: the file, uint8 [bytes] on the CPU.
         name: name of the file in the DataError of an unreadable one.
+        channels: number of channels that it must have, unless it becomes RGB.
 
     Returns:
-        uint8 [H, W, 3], perhaps a view of an image that lies on its side.
+        uint8 [H, W, 3], or float32 as `to_pixels`; perhaps a view of an image that lies on its side.
     """
-    with _opened(io.BytesIO(content.numpy().data), name) as image:
-        decoded = None
-        if image.format in _FAST_FORMATS and image.mode in _FAST_MODES:
+    data = content.numpy().data
+    if channels != 3 and bytes(data[:6]) == b"\x93NUMPY":
+        with _named(name):
+            return to_pixels(channels_last(np.load(io.BytesIO(data), allow_pickle=False), channels))
+    with _opened(io.BytesIO(data), name) as image:
+        decoded = bands_of(image, channels) if channels != 3 else None
+        if decoded is None and image.format in _FAST_FORMATS and image.mode in _FAST_MODES:
             decoded = _decode_jpeg(content)
         pixels = np.asarray(to_rgb(image)) if decoded is None else decoded
         turn = _UPRIGHT.get(_orientation(image))
@@ -93,13 +106,24 @@ def read_pixels(content: Tensor, name: str) -> Pixels:
 @contextmanager
 def _opened(file: Path | BinaryIO, name: object) -> Iterator[Image.Image]:
     """Opens an image that has pixels; raises a DataError with `name` for all errors inside."""
+    with _named(name), Image.open(plain(file) if isinstance(file, Path) else file) as image:
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
+        bands = len(image.getbands())
+        if (samples := getattr(image, "tag_v2", {}).get(_SAMPLES, bands)) > bands:
+            raise ValueError(f"it has {samples} channels, of which Pillow reads {bands}; {_ADVICE}")
+        yield image
+
+
+@contextmanager
+def _named(name: object) -> Iterator[None]:
+    """Raises a DataError with the name of an image for all errors inside."""
     try:
-        with Image.open(plain(file) if isinstance(file, Path) else file) as image:
-            if 0 in image.size:
-                raise ValueError("it has no pixels")
-            yield image
+        yield
     except Exception as error:  # PIL's decoders raise errors of many types
-        raise DataError(f"image {name} cannot be read: {type(error).__name__}: {error}") from error
+        may_have_more = isinstance(error, UnidentifiedImageError) and str(name).lower().endswith(_OTHERS)
+        advice = f"; {_ADVICE}" * may_have_more
+        raise DataError(f"image {name} cannot be read: {type(error).__name__}: {error}{advice}") from error
 
 
 def plain(path: Path) -> Path:
@@ -119,8 +143,7 @@ def _orientation(image: Image.Image) -> int:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Converts an image to RGB as `read_image` does; ValueError for values of unknown meaning."""
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if sixteen:  # PIL would clip to 255 and leave the image white
+    if _is_sixteen(image):  # PIL would clip to 255 and leave the image white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         values = np.asarray(image)
@@ -129,6 +152,42 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"it has values from {low:g} to {high:g}; allowed are 0 to 255, or 16 bits")
     # Without RGBA in between, PIL warns when it drops the transparency of a palette.
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def _is_sixteen(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def bands_of(image: Image.Image, channels: int) -> Pixels:
+    """Returns an image of other channels than three as `to_pixels`; ValueError if it has not so many."""
+    if image.mode not in _MODES.get(channels, ()):
+        raise ValueError(f"it is {image.mode}, and mean and std are of {channels} channels; {_ADVICE}")
+    values = np.asarray(image).reshape(image.height, image.width, channels)
+    return to_pixels(values.astype(np.uint16) if _is_sixteen(image) else values)
+
+
+def channels_last(values: npt.NDArray[Any], channels: int, ndim: int = 3) -> npt.NDArray[Any]:
+    """Returns an image, or with `ndim` 4 a batch, with its channels last.
+
+    ValueError where neither its first nor its last axis, or both, are so many; one channel may have no axis.
+    """
+    values = values[..., None] if values.ndim == ndim - 1 and channels == 1 else values
+    found = [axis for axis in (-3, -1) if values.ndim == ndim and values.shape[axis] == channels]
+    if len(found) != 1:
+        forms = f"[H, W, {channels}] and [{channels}, H, W]".replace("[", "[N, " if ndim == 4 else "[")
+        raise ValueError(f"it is an array {list(values.shape)}; allowed: one of {forms}")
+    return np.moveaxis(values, found[0], -1)
+
+
+def to_pixels(values: npt.NDArray[Any]) -> Pixels:
+    """Scales uint8, uint16 or floats in [0, 1] to float32 from 0 to 255; ValueError for other values."""
+    if values.dtype in (np.uint8, np.uint16):
+        return np.divide(values, 257 if values.dtype == np.uint16 else 1, dtype=np.float32)
+    low, high = values.min(), values.max()
+    if values.dtype.kind != "f" or not 0 <= low <= high <= 1:
+        found = f"it has {values.dtype} values from {low} to {high}"
+        raise ValueError(f"{found}; allowed: uint8, uint16, or float in [0, 1]")
+    return np.multiply(values, 255, dtype=np.float32)
 
 
 @cache
@@ -195,7 +254,7 @@ def draw_crop(height: int, width: int, scale: tuple[float, float], seed: int) ->
 def to_square(
     pixels: Pixels, resize: int, size: int, crop_scale: tuple[float, float] | None, seed: int
 ) -> Tensor:
-    """Crops and scales an image to uint8 [S, S, 3]: at random, or its center where `crop_scale` is None."""
+    """Crops and scales an image to [S, S, C]: at random, or its center where `crop_scale` is None."""
     if crop_scale is None:
         return center_crop(pixels, resize, size)
     height, width = pixels.shape[:2]
@@ -203,12 +262,12 @@ def to_square(
 
 
 def scale_crop(pixels: Pixels, box: Box, size: int) -> Tensor:
-    """Scales a part of an image to a square, bilinear and antialiased: uint8 [S, S, 3]."""
+    """Scales a part of an image to a square, bilinear and antialiased: [S, S, C]."""
     return _scale(_cut(pixels, box), size, size)
 
 
 def center_crop(image: Image.Image | Pixels, resize: int, size: int) -> Tensor:
-    """Scales the short side to `resize`, bilinear and antialiased, and crops the center: uint8 [S, S, 3]."""
+    """Scales the short side to `resize`, bilinear and antialiased, and crops the center: [S, S, C]."""
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     longest = _STRIP * min(height, width)  # a scaled thin strip would take gigabytes
@@ -224,7 +283,7 @@ def _center(height: int, width: int, tall: int, wide: int) -> Box:
 
 
 def _cut(pixels: P, box: Box) -> P:
-    """Returns a view of a part of an array or tensor [H, W, 3]."""
+    """Returns a view of a part of an array or tensor [H, W, C]."""
     return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
 
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from mdistiller.data.config import DataConfig
 from mdistiller.data.cores import Workers, count_workers
-from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
-from mdistiller.data.decoder import plain, read_pixels, to_square
+from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet, pixel_type
+from mdistiller.data.decoder import Pixels, plain, read_pixels, to_square
 from mdistiller.errors import ConfigError, DataError
 from mdistiller.types import IGNORED
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+ENDINGS = f"{', '.join(IMAGE_SUFFIXES)}; .npy, where data.mean and data.std have one number for each channel"
 
 
 class Row(Protocol):
@@ -44,6 +45,7 @@ class EncodedSet(StreamSet):
     samples: np.ndarray  # the Path or Row of each image, objects [N]
     image_size: int  # side of the square result in pixels
     resize: int
+    channels: int = 3
 
     def name(self, index: int) -> str:
         """Returns the name of the image's file, or its row, for messages."""
@@ -69,21 +71,25 @@ class EncodedSet(StreamSet):
         found = np.fromfile(file, np.uint8) if isinstance(file, Path) else bytearray(file.read())
         return torch.from_numpy(np.frombuffer(found, np.uint8))
 
-    def read(self, index: int, seed: int) -> Tensor:
+    def pixels(self, index: int) -> Pixels:
+        """Decodes an image as a whole; DataError if that fails."""
         name = self.name(index)
         try:
             content = self.encoded(index)
         except OSError as error:
             raise DataError(f"image {name} cannot be read: {error}") from error
-        pixels = read_pixels(content, name)
+        return read_pixels(content, name, self.channels)
+
+    def read(self, index: int, seed: int) -> Tensor:
+        pixels = self.pixels(index)
         crop_scale = self.crop_scale if self.random_crop else None
         return to_square(pixels, self.resize, self.image_size, crop_scale, seed)
 
 
-def as_encoded(files: Sequence[Path]) -> EncodedSet:
-    """Returns files as a set without labels, for reading them as they are encoded."""
-    labels = torch.full((len(files),), IGNORED)
-    return EncodedSet(samples=np.array(files, dtype=object), labels=labels, image_size=1, resize=1)
+def as_encoded(files: Sequence[Path], channels: int = 3) -> EncodedSet:
+    """Returns files as a set without labels, for reading them as they are encoded, or as a whole."""
+    samples, labels = np.array(files, dtype=object), torch.full((len(files),), IGNORED)
+    return EncodedSet(samples=samples, labels=labels, image_size=1, resize=1, channels=channels)
 
 
 def sample(images: Sized) -> list[int]:
@@ -114,6 +120,10 @@ def _sizes(images: EncodedSet) -> Iterator[tuple[int, int]]:
     """Yields width and height of a sample of 64 files with a readable header."""
     for index in sample(images):
         try:
+            if images.channels != 3:  # an array has no header for Pillow
+                height, width = images.pixels(index).shape[:2]
+                yield width, height
+                continue
             with Image.open(images.file(index)) as image:
                 yield image.size
         except Exception:  # PIL's errors are of many types; reading reports them
@@ -126,7 +136,9 @@ def empty_set(config: DataConfig, default_size: int) -> EncodedSet:
     resize = config.resize or size
     if resize < size:
         raise ConfigError(f"resize: got {resize}, need at least image_size {size}")
-    return replace(as_encoded([]), image_size=size, resize=resize, on_error=config.on_error)
+    return replace(
+        as_encoded([]), image_size=size, resize=resize, channels=config.channels, on_error=config.on_error
+    )
 
 
 def make_splits(train: EncodedSet, test: EncodedSet, classes: tuple[str, ...], description: str) -> Splits:
@@ -163,7 +175,8 @@ def some(names: list[str]) -> str:
 
 def decode(images: EncodedSet, workers: Workers) -> ImageSet:
     """Decodes all images with the test-time geometry, in `workers` threads; errors as `_try_each`."""
-    pixels = torch.empty(len(images), images.image_size, images.image_size, 3, dtype=torch.uint8)
+    shape = (len(images), images.image_size, images.image_size, images.channels)
+    pixels = torch.empty(shape, dtype=pixel_type(images.channels))
 
     def fill(index: int) -> None:
         pixels[index] = images.read(index, 0)
@@ -185,7 +198,7 @@ def drop_unreadable(images: EncodedSet, workers: Workers) -> EncodedSet:
         return images
 
     def verify(index: int) -> None:
-        if not images.random_crop:
+        if not images.random_crop or images.channels != 3:
             images.read(index, 0)
             return
         try:

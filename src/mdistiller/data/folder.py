@@ -11,6 +11,7 @@ import torch
 from mdistiller.data.config import DataConfig
 from mdistiller.data.dataset import Splits
 from mdistiller.data.encoded import (
+    ENDINGS,
     IMAGE_SUFFIXES,
     EncodedSet,
     check_classes,
@@ -67,18 +68,17 @@ def load_folder(config: DataConfig) -> Splits:
     if config.multi_label:
         return _load_multi_label(config, train_from, test_from, empty)
     others: Counter[str] = Counter()
-    train_files = {} if train_from is None else _files_of(train_from, config.on_error, others)
-    test_files = {} if test_from is None else _files_of(test_from, config.on_error, others, is_test=True)
+    train_files = {} if train_from is None else _scan(train_from, config, others)
+    test_files = {} if test_from is None else _scan(test_from, config, others, is_test=True)
     if others and not tiny:  # which has lists of boxes beside its images
         found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        allowed = ", ".join(IMAGE_SUFFIXES)
         warnings.warn(
-            f"left out: {others.total()} files in class folders ({found}); images end in {allowed}",
+            f"left out: {others.total()} files in class folders ({found}); images end in {ENDINGS}",
             stacklevel=4,
         )
     outside = config.root if config.kind == "folder" and config.root.is_dir() else None
     if outside is not None and outside != train_from and (folder := subfolder(outside, UNLABELED)):
-        train_files.setdefault("", []).extend(images_below(folder))
+        train_files.setdefault("", []).extend(images_below(folder, config.channels))
     # In a folder of class folders alone, that of images without a class is among them.
     inside = [name for name in train_files if outside == train_from and name.lower() in UNLABELED]
     unlabeled, left_out = (
@@ -100,7 +100,7 @@ def load_folder(config: DataConfig) -> Splits:
 
 def _load_images(config: DataConfig, empty: EncodedSet) -> Splits:
     """Reads images without labels: of train/ and val/ if both are there, else all below root, or a list."""
-    root = config.root
+    root, channels = config.root, config.channels
     if not is_list(root) and not root.is_dir():
         raise DataError(f"data.root: {root} is neither a folder nor a list of paths")
     splits = [None if is_list(root) else subfolder(root, names) for names in (TRAIN, VALIDATION, TEST)]
@@ -110,12 +110,13 @@ def _load_images(config: DataConfig, empty: EncodedSet) -> Splits:
     train_from = splits[0] if test_from is not None else None
 
     def read(source: Path) -> EncodedSet:
-        files = read_paths(source, config.on_error) if is_list(source) else list(images_below(source))
+        listed = read_paths(source, config.on_error) if is_list(source) else images_below(source, channels)
+        files = list(listed)
         return empty.of(files, torch.full((len(files),), IGNORED))
 
     train = read(train_from or root)
     if not len(train):
-        raise DataError(f"{train_from or root} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
+        raise DataError(f"{train_from or root} has no images, which end in {ENDINGS}")
     test = empty if test_from is None else read(test_from)
     return make_splits(train, test, (), f"images in {root}")
 
@@ -129,7 +130,7 @@ def _load_multi_label(
         )
     files, classes, labels = read_multi_label_list(train_from, config.on_error)
     folder = subfolder(config.root, UNLABELED) if config.root.is_dir() else None
-    unlabeled = [] if folder is None else list(images_below(folder))
+    unlabeled = [] if folder is None else list(images_below(folder, config.channels))
     unknown = torch.full((len(unlabeled), len(classes)), float(IGNORED))
     train = empty.of(files + unlabeled, torch.cat([labels, unknown]))
     test = train.select(torch.arange(0))
@@ -147,20 +148,18 @@ def _file_set(
     return empty.of(samples, torch.tensor(labels, dtype=torch.int64))
 
 
-def _files_of(
-    split: Path, on_error: str, others: Counter[str], *, is_test: bool = False
+def _scan(
+    split: Path, config: DataConfig, others: Counter[str], *, is_test: bool = False
 ) -> dict[str, list[Path]]:
-    return read_list(split, on_error) if is_list(split) else _scan(split, others, is_test=is_test)
-
-
-def _scan(split: Path, others: Counter[str], *, is_test: bool = False) -> dict[str, list[Path]]:
-    """Lists the image files of one split by class name, sorted.
+    """Lists the image files of one split, or of its list, by class name, sorted.
 
     The split has class folders (with images at any depth), or Tiny-ImageNet's `images/` with
     `val_annotations.txt`. Hidden files and files without an image suffix are left out; `others` counts
     the latter. In a split to test on
     (`is_test`), class folders may be empty, but not all of them.
     """
+    if is_list(split):
+        return read_list(split, config.on_error)
     annotations = split / "val_annotations.txt"
     # A set sorted into class folders may still have the annotations.
     if annotations.is_file() and (split / "images").is_dir():
@@ -168,12 +167,12 @@ def _scan(split: Path, others: Counter[str], *, is_test: bool = False) -> dict[s
     folders = [entry for entry in visible(split) if entry.is_dir()]
     if not folders:
         raise DataError(f"{split} has no class folders; {_LAYOUT}")
-    files = {folder.name: list(images_below(folder, others)) for folder in folders}
+    files = {folder.name: list(images_below(folder, config.channels, others)) for folder in folders}
     empty = [name for name, found in files.items() if not found]
     if empty and not (is_test and len(empty) < len(files)):
         raise DataError(
             f"no image in {len(empty)} of {len(files)} class folders of {split}: {some(empty)}; "
-            f"images end in {', '.join(IMAGE_SUFFIXES)}"
+            f"images end in {ENDINGS}"
         )
     return {name: found for name, found in files.items() if found}
 
@@ -200,11 +199,12 @@ def _scan_annotated(images: Path, annotations: Path) -> dict[str, list[Path]]:
     return {wnid: sorted(found) for wnid, found in files.items()}
 
 
-def images_below(folder: Path, others: Counter[str] | None = None) -> Iterable[Path]:
+def images_below(folder: Path, channels: int = 3, others: Counter[str] | None = None) -> Iterable[Path]:
     """Yields the image files in a folder, at any depth, sorted; counts `others` by suffix.
 
-    A link to its own parent is a DataError.
+    Images of other `channels` than three may be arrays too. A link to its own parent is a DataError.
     """
+    suffixes = IMAGE_SUFFIXES if channels == 3 else (*IMAGE_SUFFIXES, ".npy")
 
     def fail(error: OSError) -> None:
         raise error
@@ -218,7 +218,7 @@ def images_below(folder: Path, others: Counter[str] | None = None) -> Iterable[P
         for name in sorted(names):
             if name.startswith("."):
                 continue
-            if name.lower().endswith(IMAGE_SUFFIXES):
+            if name.lower().endswith(suffixes):
                 yield Path(base, name)
             elif others is not None:
                 others[Path(name).suffix.lower() or "without a suffix"] += 1
@@ -249,7 +249,9 @@ def _find_splits(config: DataConfig, tiny: bool) -> tuple[Path | None, Path | No
             splits, train = lists, lists["train"]
     found = [entry.name for entry in visible(root) if entry.is_dir()]
     others = [name for name in found if name.lower() not in names["validation"] + names["test"]]
-    classes_only = train is None and any(path for name in others for path in images_below(root / name))
+    classes_only = train is None and any(
+        path for name in others for path in images_below(root / name, config.channels)
+    )
     if classes_only and others == found and config.val_fraction is not None and not tiny:
         train = root
     is_unlabeled = others and not tiny and all(name.lower() in UNLABELED for name in others)

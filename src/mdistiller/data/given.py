@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, Self, TypeGuard
 
 import numpy as np
@@ -12,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from mdistiller.data.config import DataConfig
-from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet
-from mdistiller.data.decoder import Pixels, to_rgb, to_square
+from mdistiller.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Splits, StreamSet, pixel_type
+from mdistiller.data.decoder import Pixels, bands_of, channels_last, to_pixels, to_rgb, to_square
 from mdistiller.data.encoded import sample, some
 from mdistiller.data.memory import free_memory
 from mdistiller.data.registry import GIVEN, Reader
@@ -24,6 +25,7 @@ _TWICE = 8  # images of a sample that are read twice
 _FILE_SIZE = 224  # of images of several sizes, as of image files
 _SEVERAL = f"1, 0 or {IGNORED} (unknown) for each class"
 _ALLOWED = "a PIL image, or a tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1]"
+_OTHERS = "; for images of other channels, give the data's mean and std, one number for each channel"
 
 
 class Items(Protocol):
@@ -42,18 +44,21 @@ class ItemStream(StreamSet):
     image_size: int
     resize: int
     split: str  # name in messages
+    channels: int = 3
 
     def select(self, indices: Tensor) -> Self:
         return replace(self, labels=self.labels[indices], indices=self.indices[indices])
 
     def read(self, index: int, seed: int) -> Tensor:
         item = int(self.indices[index])
-        pixels = _read_pixels(self.items, item, self.split)
+        pixels = _read_pixels(self.items, item, self.split, self.channels)
         crop_scale = self.crop_scale if self.random_crop else None
         return to_square(pixels, self.resize, self.image_size, crop_scale, seed)
 
 
-def read_given(train: object, test: object, classes: Sequence[str] | None = None) -> tuple[str, Reader]:
+def read_given(
+    train: object, test: object, classes: Sequence[str] | None = None, channels: int = 3
+) -> tuple[str, Reader]:
     """Checks splits that are given as objects, and returns a name for them and their reader.
 
     A split is a `Dataset` whose items are (image, label), or a pair of tensors (images, labels): images
@@ -66,11 +71,12 @@ def read_given(train: object, test: object, classes: Sequence[str] | None = None
         train: the images to train on.
         test: the images to evaluate on. None: some of `train` (`val_fraction`).
         classes: names of the classes. None: the `classes` of the `Dataset`, or numbers.
+        channels: number of the images' channels. Those of others than three keep their precision.
 
     Raises:
         ConfigError: a split of another form, or labels that are no class ids.
     """
-    found, names, named = _read_splits(train, test, classes)
+    found, names, named = _read_splits(train, test, classes, channels)
     digest = hashlib.sha256()
     for images in found.values():
         digest.update(images.labels.numpy().tobytes())
@@ -86,18 +92,18 @@ def read_given(train: object, test: object, classes: Sequence[str] | None = None
 
 def splits_of_objects(pair: tuple[object, object], config: DataConfig) -> Splits:
     """Returns the splits of a pair (train, test) of objects, as `read_given` takes them."""
-    return _make_splits(*_read_splits(*pair, None), config, f"images of {config.kind}")
+    return _make_splits(*_read_splits(*pair, None, config.channels), config, f"images of {config.kind}")
 
 
 Found = dict[str, ImageSet | ItemStream]
 
 
 def _read_splits(
-    train: object, test: object, classes: Sequence[str] | None
+    train: object, test: object, classes: Sequence[str] | None, channels: int
 ) -> tuple[Found, tuple[str, ...], bool]:
     """Returns both splits, the names of the classes, and whether the names were given."""
-    found = {"train": _read_split(train, "train")}
-    found["test"] = found["train"] if test is None else _read_split(test, "test")
+    found = {"train": _read_split(train, "train", channels)}
+    found["test"] = found["train"] if test is None else _read_split(test, "test", channels)
     own = [[*map(str, names)] for names in map(_own_names, (train, test)) if names is not None]
     if len(own) > 1 and own[0] != own[1]:
         raise ConfigError(
@@ -134,10 +140,10 @@ def _make_splits(
     )
 
 
-def _check_fixed(items: Items, split: str) -> None:
+def _check_fixed(items: Items, split: str, channels: int) -> None:
     """Checks that items are the same each time, without which no run could be repeated."""
     for i in sample(items)[:_TWICE]:
-        one, other = (_read_pixels(items, i, split) for _ in range(2))
+        one, other = (_read_pixels(items, i, split, channels) for _ in range(2))
         if not np.array_equal(one, other):
             raise ConfigError(
                 f"data: {split}[{i}] is another image each time; allowed: a Dataset without random "
@@ -156,9 +162,9 @@ def _are_items(given: object) -> TypeGuard[Items]:
     return hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, Tensor | str)
 
 
-def _read_split(given: object, split: str) -> ImageSet | ItemStream:
+def _read_split(given: object, split: str, channels: int) -> ImageSet | ItemStream:
     if isinstance(given, tuple | list) and len(given) == 2 and hasattr(given[0], "dtype"):
-        return _read_tensors(given[0], given[1], split)
+        return _read_tensors(given[0], given[1], split, channels)
     if not _are_items(given):
         raise ConfigError(
             f"data: {split} is a {type(given).__name__}; allowed: a Dataset with a length, or a pair "
@@ -166,22 +172,23 @@ def _read_split(given: object, split: str) -> ImageSet | ItemStream:
         )
     if not len(given):
         raise ConfigError(f"data: {split} has no images")
-    _check_fixed(given, split)
-    sizes = {_read_pixels(given, i, split).shape[:2] for i in sample(given)}
+    _check_fixed(given, split, channels)
+    sizes = {_read_pixels(given, i, split, channels).shape[:2] for i in sample(given)}
     height, width = next(iter(sizes))
-    if len(sizes) > 1 or height != width or len(given) * height * width * 3 > free_memory() / 2:
+    kind = pixel_type(channels)
+    size_in_memory = len(given) * height * width * channels * kind.itemsize
+    if len(sizes) > 1 or height != width or size_in_memory > free_memory() / 2:
         found = [_label(_read_item(given, i, split)[1], f"{split}[{i}]") for i in range(len(given))]
         labels = _as_labels(found, len(given), split)
         size = height if len(sizes) == 1 and height == width else _FILE_SIZE
         indices = torch.arange(len(given))
-        return ItemStream(
-            items=given, indices=indices, labels=labels, image_size=size, resize=size, split=split
-        )
-    images = torch.empty(len(given), height, width, 3, dtype=torch.uint8)
+        sides = partial(ItemStream, image_size=size, resize=size, channels=channels)
+        return sides(items=given, indices=indices, labels=labels, split=split)
+    images = torch.empty(len(given), height, width, channels, dtype=kind)
     found = []
     for i in range(len(given)):
         image, label = _read_item(given, i, split)
-        pixels = _pixels(image, f"{split}[{i}]")
+        pixels = _pixels(image, f"{split}[{i}]", channels)
         if pixels.shape[:2] != (height, width):
             raise ConfigError(
                 f"data: {split}[{i}] has {pixels.shape[0]} x {pixels.shape[1]} pixels, others {height} x "
@@ -192,12 +199,19 @@ def _read_split(given: object, split: str) -> ImageSet | ItemStream:
     return ImageSet(images=images, labels=_as_labels(found, len(given), split))
 
 
-def _read_tensors(images: Tensor, labels: object, split: str) -> ImageSet:
+def _read_tensors(images: Tensor, labels: object, split: str, channels: int) -> ImageSet:
     try:
         labels = torch.full((len(images),), IGNORED) if labels is None else labels
         images = torch.as_tensor(images).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"data: {split} is no pair (images, labels) of tensors: {error}") from error
+    if channels != 3:
+        try:
+            pixels = to_pixels(channels_last(images.numpy(), channels, 4))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"data: images of {split}: {error}") from error
+        images = torch.from_numpy(np.ascontiguousarray(pixels))
+        return ImageSet(images=images, labels=_as_labels(labels, len(images), split))
     if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
         images = images.permute(0, 2, 3, 1)
     if images.ndim == 3:  # gray
@@ -207,7 +221,7 @@ def _read_tensors(images: Tensor, labels: object, split: str) -> ImageSet:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise ConfigError(
             f"data: images of {split} are {images.dtype} {list(images.shape)}; allowed: [N, H, W, 3], "
-            "[N, 3, H, W] or gray [N, H, W], uint8 or float in [0, 1], not normalized"
+            f"[N, 3, H, W] or gray [N, H, W], uint8 or float in [0, 1], not normalized{_OTHERS}"
         )
     return ImageSet(images=images.contiguous(), labels=_as_labels(labels, len(images), split))
 
@@ -262,8 +276,8 @@ def _read_item(items: Items, index: int, split: str) -> tuple[object, object]:
         item = items[index]
     except Exception as error:  # items are code of the caller
         raise DataError(f"{split}[{index}] cannot be read: {type(error).__name__}: {error}") from error
-    if isinstance(item, Image.Image) or (isinstance(item, Tensor) and item.ndim == 3):  # an image alone
-        return item, None
+    if isinstance(item, Image.Image) or (isinstance(item, Tensor | np.ndarray) and item.ndim == 3):
+        return item, None  # an image alone
     if isinstance(item, Mapping):  # a row of a Hugging Face set
         if not {"image", "label"} <= item.keys():
             raise ConfigError(
@@ -278,8 +292,8 @@ def _read_item(items: Items, index: int, split: str) -> tuple[object, object]:
     return item[0], item[1]
 
 
-def _read_pixels(items: Items, index: int, split: str) -> Pixels:
-    return _pixels(_read_item(items, index, split)[0], f"{split}[{index}]")
+def _read_pixels(items: Items, index: int, split: str, channels: int) -> Pixels:
+    return _pixels(_read_item(items, index, split)[0], f"{split}[{index}]", channels)
 
 
 def _label(value: object, name: str) -> int | list[float]:
@@ -309,16 +323,21 @@ def _as_bytes(images: Tensor, subject: str) -> Tensor:
     return (images * 255).round().to(torch.uint8)
 
 
-def _pixels(image: object, name: str) -> Pixels:
-    """Returns an image as uint8 [H, W, 3]."""
-    if isinstance(image, Image.Image):
-        try:
-            return np.array(to_rgb(image))
-        except ValueError as error:
-            raise ConfigError(f"data: the image of {name}: {error}") from error
-    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3):
+def _pixels(image: object, name: str, channels: int) -> Pixels:
+    """Returns an image as uint8 [H, W, 3], or of other channels as `to_pixels`."""
+    try:
+        if isinstance(image, Image.Image):
+            return np.array(to_rgb(image)) if channels == 3 else bands_of(image, channels)
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(channels_last(image, channels)).movedim(-1, 0)
+        if channels != 3 and isinstance(image, Tensor) and image.shape[:-2] == (channels,):
+            return to_pixels(image.detach().cpu().movedim(0, -1).numpy())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data: the image of {name}: {error}{_OTHERS}") from error
+    allowed = f"{_ALLOWED}{_OTHERS}" if channels == 3 else f"an image of {channels} channels, a tensor first"
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3) or channels != 3:
         what = f"a tensor {list(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
-        raise ConfigError(f"data: the image of {name} is {what}; allowed: {_ALLOWED}")
+        raise ConfigError(f"data: the image of {name} is {what}; allowed: {allowed}")
     image = image.detach().cpu()
     if image.is_floating_point():
         image = _as_bytes(image, f"the image of {name} has")

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 
 from mdistiller.data.config import DataConfig
-from mdistiller.data.dataset import ImageSet, Splits, StreamSet, TensorStream, resize_images
+from mdistiller.data.dataset import ImageSet, Splits, StreamSet, TensorStream, pixel_type, resize_images
 from mdistiller.data.encoded import (
-    IMAGE_SUFFIXES,
+    ENDINGS,
     EncodedSet,
     are_squares,
     as_encoded,
@@ -58,6 +58,11 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
                 for part in (splits.train, splits.test)
             )
             splits = replace(splits, train=next(parts), test=next(parts), classes=())
+        count = len(config.mean or splits.mean)
+        for part in (splits.train, splits.test):
+            found = part.images.shape[-1] if isinstance(part, ImageSet) else getattr(part, "channels", count)
+            if found != count:
+                raise ConfigError(f"mean: got {count} numbers; the images have {found} channels")
         splits = _cut(splits, config)
         if unlabeled and config.unlabeled is not None:
             splits = replace(splits, train=_add_unlabeled(splits.train, config))
@@ -79,7 +84,8 @@ def load_data(config: DataConfig, device: torch.device | None = None, *, unlabel
     others = int((~has_class(splits.train.labels)).sum())
     without = f" ({others:,} of them without a class)" if others and config.labeled else ""
     description = f"{splits.description}: {train:,} training{without} and {len(splits.test):,} test images, "
-    description += f"{size}x{size}, {splits.num_classes} classes" if config.labeled else f"{size}x{size}"
+    shape = f"{size}x{size}" + (f" of {count} channels" if count != 3 else "")
+    description += f"{shape}, {splits.num_classes} classes" if config.labeled else shape
     if changed:
         description += f", {changed:,} training labels ({changed / train:.1%}) replaced at random"
     for name in ("mean", "std"):
@@ -135,9 +141,9 @@ def _add_unlabeled(images: Images, config: DataConfig) -> Images:
     folder = config.unlabeled
     if folder is None or not folder.is_dir():
         raise DataError(f"data.unlabeled: {folder} is no folder")
-    files = list(images_below(folder))
+    files = list(images_below(folder, config.channels))
     if not files:
-        raise DataError(f"data.unlabeled: {folder} has no images, which end in {', '.join(IMAGE_SUFFIXES)}")
+        raise DataError(f"data.unlabeled: {folder} has no images, which end in {ENDINGS}")
     labels = torch.full((len(files), *images.labels.shape[1:]), IGNORED, dtype=images.labels.dtype)
     if isinstance(images, EncodedSet):
         return images.of([*images.samples, *files], torch.cat([images.labels, labels]))
@@ -147,7 +153,14 @@ def _add_unlabeled(images: Images, config: DataConfig) -> Images:
             "kind hf and arrays"
         )
     size = images.images.shape[1]
-    added = replace(as_encoded(files), labels=labels, image_size=size, resize=size, on_error=config.on_error)
+    added = replace(
+        as_encoded(files),
+        labels=labels,
+        image_size=size,
+        resize=size,
+        channels=config.channels,
+        on_error=config.on_error,
+    )
     decoded = decode(added, config.workers)
     return ImageSet(
         images=torch.cat([images.images, decoded.images]), labels=torch.cat([images.labels, decoded.labels])
@@ -187,9 +200,10 @@ def _place(splits: Splits, config: DataConfig, device: torch.device | None) -> t
     # Decoded images pass through the host.
     room = min(free_memory(), free_memory(device)) / 2 if given is None else given * 1e9
     # Test images first: they are never cropped at random, and are read again in every evaluation.
-    test_mode = _mode(test, config, room, size)
-    room -= _decoded_bytes(test, size) if test_mode == "resident" else 0
-    train_mode = _mode(train, config, room, size)
+    each = size**2 * config.channels * pixel_type(config.channels).itemsize
+    test_mode = _mode(test, config, room, each)
+    room -= len(test) * each if test_mode == "resident" else 0
+    train_mode = _mode(train, config, room, each)
     placed = replace(
         splits,
         train=_prepare(train, train_mode, config, size),
@@ -206,11 +220,8 @@ def _place(splits: Splits, config: DataConfig, device: torch.device | None) -> t
     return placed, f"{kept}, decoded in memory{shrunk}"
 
 
-def _decoded_bytes(images: Images, size: int) -> int:
-    return len(images) * size * size * 3
-
-
-def _mode(images: Images, config: DataConfig, room: float, size: int) -> Mode:
+def _mode(images: Images, config: DataConfig, room: float, each: int) -> Mode:
+    """Returns where images of so many bytes `each` are kept; `room` is in bytes."""
     if isinstance(images, StreamSet) and not isinstance(images, EncodedSet):
         if config.memory == "resident":
             raise ConfigError(f"memory: data set {config.kind!r} is a stream; allowed are auto and stream")
@@ -218,7 +229,7 @@ def _mode(images: Images, config: DataConfig, room: float, size: int) -> Mode:
     if config.memory != "auto":
         return config.memory
     is_cropped = isinstance(images, EncodedSet) and images.random_crop
-    return "resident" if not is_cropped and _decoded_bytes(images, size) <= room else "stream"
+    return "resident" if not is_cropped and len(images) * each <= room else "stream"
 
 
 def _prepare(images: Images, mode: Mode, config: DataConfig, size: int) -> Images:

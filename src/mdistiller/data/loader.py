@@ -117,7 +117,7 @@ class ResidentLoader(SampleOrder):
         self._labels = images.labels.to(self.device)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yields an epoch from batch `first`: image uint8 [B, H, W, 3], label and index int64 [B]."""
+        """Yields an epoch from batch `first`: image [B, H, W, C], label and index int64 [B]."""
         # One copy per epoch, so that no step waits for the device.
         for index in self.order(epoch).to(self.device).split(self.batch_size)[first : len(self)]:
             yield Batch(self._images.index_select(0, index), self._labels.index_select(0, index), index)

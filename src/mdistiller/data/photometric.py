@@ -16,7 +16,7 @@ from mdistiller.data.draws import Draws
 
 
 def draw_changes(config: AugmentConfig, images: Tensor, draws: Draws) -> dict[str, Tensor]:
-    """Draws the changes of images [B, H, W, 3], on their device, by the fields that switch them on.
+    """Draws the changes of images [B, H, W, C], on their device, by the fields that switch them on.
 
     color_jitter: factors of brightness, contrast and saturation, float32 [3, B].
     vertical_flip: whether to mirror top and bottom, bool [B].
@@ -84,7 +84,7 @@ def _to_bytes(values: Tensor) -> Tensor:
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Rotates uint8 [B, H, W, 3] counter-clockwise by degrees [B] around the center, black outside."""
+    """Rotates images [B, H, W, C] counter-clockwise by degrees [B] around the center, black outside."""
     _, height, width, _ = images.shape
     angle = (degrees.double() % 360).deg2rad()
     zero = torch.zeros_like(angle)
@@ -93,15 +93,12 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
         torch.stack([cosine, -sine, zero], -1) * (2 / width),
         torch.stack([sine, cosine, zero], -1) * (2 / height),
     )
-    return (
-        sample_nearest(images.permute(0, 3, 1, 2), torch.stack(rows, 1).float())
-        .permute(0, 2, 3, 1)
-        .contiguous()
-    )
+    rotated = sample_nearest(images.permute(0, 3, 1, 2), torch.stack(rows, 1).float())
+    return rotated.permute(0, 2, 3, 1).contiguous()
 
 
 def sample_nearest(images: Tensor, source: Tensor) -> Tensor:
-    """Takes each pixel of uint8 [B, 3, H, W] from the nearest one at its source, black outside.
+    """Takes each pixel of images [B, C, H, W] from the nearest one at its source, black outside.
 
     The sources are affine maps of x and y, in pixels from the center, to half image sizes, float32 [B, 2, 3].
     """
@@ -110,22 +107,22 @@ def sample_nearest(images: Tensor, source: Tensor) -> Tensor:
     y = torch.arange(height, device=images.device) - (height - 1) / 2
     by_x, by_y, constant = source[:, None, None].unbind(-1)  # [B, 1, 1, 2]
     grid = torch.addcmul(by_x * x[:, None], by_y, y[:, None, None]) + constant
-    return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).to(torch.uint8)
+    return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).to(images.dtype)
 
 
 def flip_vertically(images: Tensor, chosen: Tensor) -> Tensor:
-    """Mirrors top and bottom of the chosen images [B, H, W, 3]."""
+    """Mirrors top and bottom of the chosen images [B, H, W, C]."""
     return torch.where(chosen[:, None, None, None], images.flip(1), images)
 
 
 def erase(images: Tensor, box: Tensor) -> Tensor:
-    """Sets boxes (int64 [4, B]) of normalized images [B, 3, H, W] to zero, the mean color."""
+    """Sets boxes (int64 [4, B]) of normalized images [B, C, H, W] to zero, the mean color."""
     first, size = box[:2], box[2:]
     return images.masked_fill(inside(first, first + size, images)[:, None], 0.0)
 
 
 def inside(first: Tensor, end: Tensor, images: Tensor) -> Tensor:
-    """Returns masks bool [B, H, W] of boxes in images [B, 3, H, W].
+    """Returns masks bool [B, H, W] of boxes in images [B, C, H, W].
 
     `first` has top and left, `end` bottom and right, which are outside; int64 [2, B].
     """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
-from mdistiller.data.decoder import read_image
+from mdistiller.data.decoder import Pixels, read_image
+from mdistiller.data.encoded import as_encoded
 from mdistiller.deploy.measure import Speed
 from mdistiller.deploy.student import open_student
 from mdistiller.errors import (
@@ -134,19 +136,26 @@ class Predictor:
     def __call__(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Computes the outputs for a prepared input, on the CPU.
 
-        Those of a classifier are logits [B, classes] of float32 [B, 3, S, S], normalized; those of a detector
+        Those of a classifier are logits [B, classes] of float32 [B, C, S, S], normalized; those of a detector
         are boxes [N, 4], labels [N] and scores [N] of one image, float32 [3, H, W] in [0, 1]; those of a
         segmentation model are logits [B, classes, H, W] of float32 [B, 3, H, W], normalized.
         """
         outputs = self.run(image)
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def prepare(self, image: Image.Image) -> Tensor:
-        """Returns an RGB image as input, prepared as evaluation prepares a test image."""
+    def open(self, image: Path | Image.Image | Pixels) -> Any:
+        """Reads an image file: as RGB, or as it is where the student has other channels; DataError if not."""
+        if not isinstance(image, Path):
+            return image
+        n = self.card.channels
+        return read_image(image) if n == 3 else as_encoded([image], n).pixels(0)
+
+    def prepare(self, image: Image.Image | Pixels) -> Tensor:
+        """Returns an image from `open` as input, prepared as evaluation prepares a test image."""
         return self.deployment.prepare(self.card, image)
 
     def _batches(self, images: Iterable[Path | Image.Image], size: int) -> Iterator[list[Tensor]]:
-        prepared = map(self.prepare, map(_opened, images))
+        prepared = map(self.prepare, map(self.open, images))
         while batch := list(islice(prepared, size)):
             yield batch
 
@@ -187,11 +196,7 @@ class Predictor:
             DataError: the image cannot be read.
             ConfigError: the task's predictions have no position.
         """
-        return self.deployment.draw(self.run, self.card, _opened(image), top, min_score)
-
-
-def _opened(image: Path | Image.Image) -> Image.Image:
-    return image if isinstance(image, Image.Image) else read_image(image)
+        return self.deployment.draw(self.run, self.card, self.open(image), top, min_score)
 
 
 def load_predictor(source: Path | str, device: str = "auto") -> Predictor:

@@ -60,7 +60,7 @@ class StudentFile:
 def load_student(source: str | Path, *, plugins: Sequence[str | Path] = ()) -> nn.Module:
     """Loads a student, with its method's extension, in evaluation mode on the CPU.
 
-    It computes logits [B, classes] of normalized images [B, 3, H, W]; a detector has the inputs and outputs
+    It computes logits [B, classes] of normalized images [B, C, H, W]; a detector has the inputs and outputs
     of torchvision's detectors; a segmentation model computes logits [B, classes, H, W].
 
     Args:
@@ -99,8 +99,8 @@ def save_student(
             is given as a plug-in to load it.
         classes: names in the order of the logits.
         image_size: side of the square images in pixels.
-        mean: mean of red, green and blue that is subtracted from images scaled to [0, 1].
-        std: standard deviation of red, green and blue, the divisor after that.
+        mean: mean of each channel, subtracted from images scaled to [0, 1].
+        std: standard deviation of each channel, the divisor after that.
         options: further arguments of the model function.
 
     Returns:

@@ -225,6 +225,8 @@ def input_config(name: str, options: Line) -> InputConfig | None:
         if config is None or not config.mean or not config.std:
             return None
         size = options.get("img_size", config.input_size[-1])
+        if options.get("in_chans", 3) != len(config.mean):  # adapted by timm
+            return InputConfig(image_size=size)
         return InputConfig(tuple(config.mean), tuple(config.std), size)
     if library == "torchvision":
         import torchvision

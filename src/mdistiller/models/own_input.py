@@ -15,6 +15,8 @@ _ALLOWED = (
     "a mapping with mean, std and image_size, the pretrained_cfg of a timm model, weights of torchvision, or "
     "an image processor of transformers"
 )
+CHANNELS = "a module that picks its channels, or a model of timm, or for CIFAR, with the option in_chans"
+"""What takes images of other channels than three, for messages that end in their number."""
 
 
 class OwnInput(nn.Module):
@@ -43,6 +45,11 @@ class OwnInput(nn.Module):
             assert given.std is not None
             assert mean is not None
             assert std is not None
+            if len({len(values) for values in (mean, std, given.mean, given.std)}) > 1:
+                raise ConfigError(
+                    f"teacher: its mean and std have {len(mean)} and {len(std)} numbers, the images "
+                    f"{len(given.mean)} channels; allowed: {CHANNELS} {len(given.mean)}"
+                )
             # z · s + m is the image in [0, 1], and (z · s + m - m') / s' is the model's own input.
             scale = torch.tensor([s / s2 for s, s2 in zip(given.std, std, strict=True)])
             shift = torch.tensor([(m - m2) / s2 for m, m2, s2 in zip(given.mean, mean, std, strict=True)])
@@ -103,14 +110,14 @@ def own_inputs(model: nn.Module) -> list[OwnInput]:
     return [module for module in model.modules() if isinstance(module, OwnInput)]
 
 
-def find_input(source: object, name: str, channels: int = 3) -> InputConfig:
+def find_input(source: object, name: str, channels: int | None = 3) -> InputConfig:
     """Returns mean, standard deviation and size of the images for which a model is made.
 
     Args:
         source: a mapping or an object with `mean`, `std` and `image_size` (or `input_size`), as timm's
             `pretrained_cfg`; weights of torchvision; an image processor of transformers.
         name: name of the argument in messages.
-        channels: number of the images' channels.
+        channels: number of the images' channels. None: any.
 
     Raises:
         ConfigError: none of the values is there, or one is wrong.
@@ -145,15 +152,19 @@ def _values(source: object) -> tuple[object, object, object]:
     return _first(source, "image_mean"), _first(source, "image_std"), size
 
 
-def _channels(value: object, name: str, count: int, *, above_zero: bool = False) -> tuple[float, ...] | None:
+def _channels(
+    value: object, name: str, count: int | None, *, above_zero: bool = False
+) -> tuple[float, ...] | None:
     if value is None:
         return None
     try:
         numbers = tuple(float(x) for x in value) if isinstance(value, Iterable) else ()
     except (TypeError, ValueError):
         numbers = ()
-    if len(numbers) != count:
-        raise ConfigError(f"{name}: got {value!r}; allowed are {count} numbers, one for each channel")
+    if len(numbers) != count and (count is not None or not numbers):
+        raise ConfigError(
+            f"{name}: got {value!r}; allowed are {count or 'some'} numbers, one for each channel"
+        )
     if not all(math.isfinite(x) and (x > 0 or not above_zero) for x in numbers):
         raise ConfigError(f"{name}: got {value!r}; allowed are numbers{' above 0' * above_zero}")
     return numbers

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, overload
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from mdistiller.errors import ConfigError, MDistillerError, UnknownNameError, check_free, one_line
+from mdistiller.models.cifar.common import with_channels
 from mdistiller.models.external import LIBRARIES, check_external, create_external, without_classifier
-from mdistiller.settings import Mean, Settings, Side, Std
+from mdistiller.settings import Means, Settings, Side, Stds, check_channels
 from mdistiller.types import Line
 
 GIVEN = "given/"
@@ -45,12 +46,12 @@ class ModelConfig(Settings):
     """Weights to load: a .safetensors or torch file, or a run folder. None: random weights."""
     options: Options = Field(default_factory=dict)
     """Further arguments of the model function, such as timm's `img_size` or torchvision's `weights`."""
-    mean: tuple[Mean, Mean, Mean] | None = None
-    """Teacher: mean of red, green and blue in its images, scaled to [0, 1]. The teacher sees the student's
+    mean: Means | None = None
+    """Teacher: mean of each channel in its images, scaled to [0, 1]. The teacher sees the student's
     augmented image, renormalized and scaled. None: that of its weights, from its run or from the tables of
     timm and torchvision, and the data's where it is unknown."""
-    std: tuple[Std, Std, Std] | None = None
-    """Teacher: standard deviation of red, green and blue in its images. None: as `mean`."""
+    std: Stds | None = None
+    """Teacher: standard deviation of each channel in its images. None: as `mean`."""
     image_size: Side | None = None
     """Teacher: side in pixels to which its images are scaled. None: as `mean`."""
 
@@ -69,12 +70,7 @@ class ModelConfig(Settings):
     def _name_alone(cls, value: object) -> object:
         return {"name": value} if isinstance(value, str) else value
 
-    @field_validator("mean", "std", mode="before")
-    @classmethod
-    def _check_length(cls, value: object) -> object:
-        if isinstance(value, list | tuple) and len(value) != 3:
-            raise ValueError("allowed are three numbers, for red, green and blue")
-        return value
+    _check_channels = model_validator(mode="after")(check_channels)
 
 
 @overload
@@ -148,7 +144,7 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
         num_classes: Width of the logits. None: the default of the model function or library: 100 for the
             CIFAR models, 1000 for MobileNetV1, as a rule 1000 for timm and torchvision. 0: no classifier; the
             model returns its input, [B, D].
-        options: Further arguments of the model function.
+        options: Further arguments of the model function; CIFAR models also take `in_chans`, of the images.
 
     Raises:
         ConfigError: An option that the model does not take, num_classes < 0, or no such library installed.
@@ -164,6 +160,7 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
     if "/" in name:
         return create_external(name, num_classes, **options)
     function = _MODELS[name]
+    channels = options.pop("in_chans", 3) if function.__module__.startswith(f"{__package__}.cifar.") else 3
     given = options if num_classes is None else {"num_classes": num_classes, **options}
     signature = inspect.signature(function)
     try:
@@ -172,7 +169,7 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
         allowed = [p for p in signature.parameters if p != "num_classes"]
         raise ConfigError(f"model {name!r}: {error}; its options: {', '.join(allowed) or 'none'}") from None
     try:
-        return function(**given)
+        return function(**given) if channels == 3 else with_channels(function(**given), channels)
     except Exception as error:  # a function may fail in any way on a wrong value
         if not options or isinstance(error, MDistillerError):
             raise

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mdistiller.errors import CheckpointError, ClassCountError
 from mdistiller.models.layers import classifier_paths
 from mdistiller.models.registry import Options
-from mdistiller.settings import Mean, Side, Std, explain
+from mdistiller.settings import Means, Side, Stds, check_channels, explain
 from mdistiller.types import Line
 
 STUDENT_FILE = "student.safetensors"  # the trained student in a run folder
@@ -47,9 +47,11 @@ class _Metadata(BaseModel, extra="allow"):
     labels: list[int] = Field(default_factory=list)
     image_size: Side = 1
     short_side: Side | None = None
-    mean: tuple[Mean, Mean, Mean] = (0, 0, 0)
-    std: tuple[Std, Std, Std] = (1, 1, 1)
+    mean: Means = (0, 0, 0)
+    std: Stds = (1, 1, 1)
     extension: _Extension | None = None
+
+    _check_channels = model_validator(mode="after")(check_channels)
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:

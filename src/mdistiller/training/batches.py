@@ -71,8 +71,8 @@ class BatchSource(Generic[B]):
         self.num_views = 1
         self.logits_of: LogitsOf = None
         """The logits in the teacher's result."""
-        self.image_size: int | None = None
-        """Side in pixels of square images, all of one size; None for other inputs."""
+        self.shape: tuple[int, int, int] | None = None
+        """Channels, height and width of square images, all of one size; None for other inputs."""
         self._next = -1  # step of the next batch of the iterator
         self._raw: Iterator[B] = iter(())
 
@@ -152,7 +152,7 @@ class ImageBatches(BatchSource[Batch]):
         self.generator = torch.Generator(world.device)  # of mixup and CutMix
         self.augment_seed: int = config.augment_seed
         self.epoch = self.epoch_view = -1
-        self.lookahead, self.image_size = steps_ahead(config, splits.image_size, world), splits.image_size
+        self.lookahead, self.shape = steps_ahead(config, splits.image_size, world), splits.shape
         self.rows = CacheRows(config, splits, self.augment, self.steps)
         self.is_cached = False
 

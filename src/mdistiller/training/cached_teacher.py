@@ -132,9 +132,9 @@ class CacheRows:
     def __init__(self, config: Any, splits: Splits, augment: Augment, steps: int) -> None:
         self.config, self.splits, self.augment, self.steps = config, splits, augment, steps
         self.num_views, self.precision = 1, torch.float32
-        self.images, size = len(splits.train), splits.image_size
-        self.image_shape = (3, size, size)
-        self.variants = augment.variants(torch.empty(0, size, size, 3))
+        self.images, self.image_shape = len(splits.train), splits.shape
+        channels, height, width = splits.shape
+        self.variants = augment.variants(torch.empty(0, height, width, channels))
         self._are_variants = self._by_variant(0), self._by_variant(1)
 
     def streams(self, key: Line, outputs: Outputs) -> list[dict[str, Stream]]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mdistiller.config import RunConfig
-from mdistiller.data.dataset import Triple
+from mdistiller.data.dataset import PerChannel
 from mdistiller.errors import ConfigError
 from mdistiller.taps import logits_of
 from mdistiller.types import Line
@@ -45,10 +45,15 @@ class ModelInput(BaseModel, frozen=True):
     resize: int | None = None
     """Length to which the short side is scaled (by Pillow) before the center crop of image_size. None, for
     data sets that are no image files: the central square is scaled to image_size (by torch)."""
-    mean: Triple | None = None
-    """Mean of each channel, RGB scaled to [0, 1]: the input is (image - mean) / std. None: not normalized."""
-    std: Triple | None = None
+    mean: PerChannel | None = None
+    """Mean of each channel in [0, 1]: the input is (image - mean) / std. None: RGB, not normalized."""
+    std: PerChannel | None = None
     """Standard deviation of each channel."""
+
+    @property
+    def channels(self) -> int:
+        """Number of the image's channels."""
+        return len(self.mean or "RGB")
 
 
 class ModuleOf(nn.Module):
@@ -177,8 +182,8 @@ class Deployment(ABC):
         return None
 
     @abstractmethod
-    def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
-        """Returns an RGB image as a float32 tensor, prepared as evaluation prepares a test image."""
+    def prepare(self, fields: ModelInput, image: Any) -> Tensor:
+        """Returns an image of `Predictor.open` as float32, prepared as evaluation prepares a test image."""
 
     @abstractmethod
     def predict(
@@ -239,7 +244,7 @@ class Deployment(ABC):
         raise NotImplementedError
 
     def calibration_images(self, config: RunConfig, count: int) -> Tensor:
-        """Returns at most `count` training images of a run, float32 [N, 3, S, S], prepared as test images.
+        """Returns at most `count` training images of a run, float32 [N, C, S, S], prepared as test images.
 
         Raises:
             DataError: the data set is missing or unreadable.

@@ -343,9 +343,12 @@ def test_the_first_lines_of_a_run_have_the_values():
     [
         (
             {"teacher": {"mean": (0.5, 0.5)}},
-            r"teacher.mean: allowed are three numbers, for red, green and blue",
+            r"teacher: mean, std: got 2 and 3 numbers .*; allowed: one number for each channel, in both",
         ),
-        ({"teacher": {"std": (0.5,) * 4}}, "teacher.std: allowed are three numbers, for red, green and blue"),
+        (
+            {"teacher": {"std": (0.5,) * 4}},
+            r"teacher: mean, std: got 3 and 4 numbers .*; allowed: one number for each channel",
+        ),
         ({"teacher": {"std": (0.5, 0, 0.5)}}, r"teacher.std.1: Input should be greater than 0 \(got 0\)"),
         ({"teacher": {"std": (0.5, -1, 0.5)}}, r"teacher.std.1: Input should be greater than 0 \(got -1\)"),
         ({"teacher": {"mean": (0.5, 2, 0.5)}}, "teacher.mean.1: Input should be less than or equal to 1"),

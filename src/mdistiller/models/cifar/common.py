@@ -43,6 +43,15 @@ def init_convolutions(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+def with_channels(model: nn.Module, channels: int) -> nn.Module:
+    """Returns a new model whose first convolution takes images of so many channels."""
+    first = next(part for part in model.modules() if isinstance(part, nn.Conv2d))
+    first.in_channels = channels
+    first.weight = nn.Parameter(first.weight.new_empty(len(first.weight), channels, *first.kernel_size))
+    init_convolutions(first)
+    return model
+
+
 def init_classifier(linear: nn.Linear) -> None:
     """Draws the weight from N(0, 0.01²) and zeroes the bias."""
     nn.init.normal_(linear.weight, 0, 0.01)

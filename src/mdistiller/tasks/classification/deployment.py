@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mdistiller.config import RunConfig
 from mdistiller.data import Augment, AugmentConfig, Splits, load_data
-from mdistiller.data.dataset import Triple, resize_images
-from mdistiller.data.decoder import center_crop
+from mdistiller.data.dataset import PerChannel, resize_images
+from mdistiller.data.decoder import Pixels, center_crop
 from mdistiller.data.loader import PlainBatches
 from mdistiller.tasks.classification.config import ClassificationConfig
 from mdistiller.tasks.classification.evaluate import Measure, evaluate
@@ -35,7 +36,7 @@ class Prediction(NamedTuple):
 
 
 class ClassifierDeployment(Deployment):
-    """Graphs from normalized images, float32 [B, 3, S, S], to logits [B, classes]."""
+    """Graphs from normalized images, float32 [B, C, S, S], to logits [B, classes]."""
 
     outputs = ("logits",)
     predictions = "classes"
@@ -59,20 +60,23 @@ class ClassifierDeployment(Deployment):
         return {**fields, "resize": resize, "data": facts}
 
     def check_inputs(self, metadata: Line) -> list[Tensor]:
-        return [_images(count, metadata["image_size"]) for count in _BATCH_SIZES]
+        return [_images(count, len(metadata["mean"]), metadata["image_size"]) for count in _BATCH_SIZES]
 
     def describe(self, fields: ModelInput) -> dict[str, str]:
         size, mean, std = _form(fields)
+        kind = "RGB" if len(mean) == 3 else f"{len(mean)} channels"
         geometry = f"central square scaled to {size}"
         if fields.resize is not None:
             geometry = f"short side scaled to {fields.resize}, center crop of {size}"
         return {
-            "input": f"RGB, {geometry} (bilinear, antialiased), float32 [B, 3, {size}, {size}]",
+            "input": f"{kind}, {geometry} (bilinear, antialiased), float32 [B, {len(mean)}, {size}, {size}]",
             "normalization": f"scaled to [0, 1], less mean {list(mean)}, over std {list(std)}",
             "output": f"logits [B, {len(fields.classes)}]",
         }
 
-    def graph_code(self, fields: ModelInput) -> tuple[str, str]:
+    def graph_code(self, fields: ModelInput) -> tuple[str, str] | None:
+        if fields.channels != 3:
+            return None
         size, short = fields.image_size, fields.resize or fields.image_size
         cut = f"""\
 short = min(image.size)
@@ -82,10 +86,10 @@ image = image.crop((left, top, left + {size}, top + {size}))
 """
         return cut + normalize_code(fields), self.show_code
 
-    def prepare(self, fields: ModelInput, image: Image.Image) -> Tensor:
+    def prepare(self, fields: ModelInput, image: Image.Image | Pixels) -> Tensor:
         size, mean, std = _form(fields)
         if fields.resize is None:
-            side = min(image.size)
+            side = min(np.asarray(image).shape[:2])
             pixels = resize_images(center_crop(image, side, side)[None], size)[0]
         else:
             pixels = center_crop(image, fields.resize, size)
@@ -109,7 +113,7 @@ image = image.crop((left, top, left + {size}, top + {size}))
         return f"{100 * prediction.probability:6.2f} %  {prediction.name}"
 
     def example(self, fields: ModelInput, count: int, data: object) -> Tensor:
-        return _images(count, _form(fields)[0])
+        return _images(count, fields.channels, _form(fields)[0])
 
     def load_test_set(self, config: RunConfig) -> Splits:
         assert isinstance(config, ClassificationConfig)
@@ -148,7 +152,7 @@ image = image.crop((left, top, left + {size}, top + {size}))
         return torch.cat([batch.image for batch in batches])
 
 
-def _form(fields: ModelInput) -> tuple[int, Triple, Triple]:
+def _form(fields: ModelInput) -> tuple[int, PerChannel, PerChannel]:
     """Returns side, mean and standard deviation of the images; a classifier's file always stores them."""
     size, mean, std = fields.image_size, fields.mean, fields.std
     assert size is not None
@@ -157,5 +161,5 @@ def _form(fields: ModelInput) -> tuple[int, Triple, Triple]:
     return size, mean, std
 
 
-def _images(count: int, size: int) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+def _images(count: int, channels: int, size: int) -> Tensor:
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(count))

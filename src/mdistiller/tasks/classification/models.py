@@ -87,7 +87,7 @@ def create_stored(config: ModelConfig, num_classes: int | None = None) -> nn.Mod
     extension = metadata.get("extension")
     try:
         model = create_model(config.name, num_classes=num_classes, **without_pretraining(config.options))
-        return model if extension is None or num_classes is None else _extend(model, extension, num_classes)
+        return model if extension is None or num_classes is None else _extend(model, metadata, num_classes)
     except UnknownNameError:
         raise
     except ConfigError as error:
@@ -96,13 +96,14 @@ def create_stored(config: ModelConfig, num_classes: int | None = None) -> nn.Mod
         raise CheckpointError(f"{config.checkpoint}: {error}") from error
 
 
-def _extend(student: nn.Module, extension: Line, num_classes: int) -> nn.Module:
+def _extend(student: nn.Module, metadata: Line, num_classes: int) -> nn.Module:
+    extension = metadata["extension"]
     options = without_pretraining(extension["teacher_options"])
     teacher = create_model(extension["teacher"], num_classes=num_classes, **options)
     settings, size = extension["method"], extension["image_size"]
     own = InputConfig(image_size=extension.get("teacher_image_size", size))
     teacher = with_own_input(teacher, InputConfig(image_size=size), own)
-    data = DataInfo((3, size, size), torch.arange(num_classes), 1)
+    data = DataInfo((len(metadata["mean"]), size, size), torch.arange(num_classes), 1)
     try:
         method_config = get_method(settings["name"]).Config(**settings)
     except ValidationError as error:
@@ -112,8 +113,7 @@ def _extend(student: nn.Module, extension: Line, num_classes: int) -> nn.Module:
 
 def has_logits(teacher: nn.Module, data: Splits) -> bool:
     """Whether a teacher returns logits of the data's classes."""
-    shape = (3, data.image_size, data.image_size)
-    found = probe(teacher, (), DataInfo(shape, logits_of=logits_if_any)).logits
+    found = probe(teacher, (), DataInfo(data.shape, logits_of=logits_if_any)).logits
     headless = getattr(without_own_input(teacher), "num_classes", None) == 0  # timm's
     return found.shape[1:] == (data.num_classes,) and not headless
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mdistiller.checks import without_logits
 from mdistiller.config import RunConfig
 from mdistiller.data import Splits, load_data
+from mdistiller.data.augment import check_colors
 from mdistiller.data.identity import identify
 from mdistiller.data.labels import balanced_weights
 from mdistiller.distiller import Distiller
@@ -145,9 +146,8 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         return models.Ensemble(teachers) if len(teachers) > 1 else teachers[0]
 
     def data_info(self, config: ClassificationConfig, data: Splits) -> DataInfo:
-        shape = (3, data.image_size, data.image_size)
         images = partial(training_images, config, data)
-        return DataInfo(shape, data.train.labels, config.batch_size, images=images)
+        return DataInfo(data.shape, data.train.labels, config.batch_size, images=images)
 
     def build_method(
         self, config: ClassificationConfig, student: nn.Module, teacher: nn.Module | None, data: Splits
@@ -159,6 +159,8 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
             raise without_logits(name, f"it returns no logits of the data's {data.num_classes} classes")
         method = build_method(config.method, student, teacher, self.data_info(config, data))
         models.check_labels(method, data.train.labels)
+        if method.needs.views > 1:
+            check_colors(config.augment, len(data.mean), "strong_policy")
         if method.needs.views > 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
             raise ConfigError(
                 f"augment: method {config.method.method_name!r} compares views of the same image, which "
@@ -174,16 +176,15 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         method: Method,
         data: Splits,
     ) -> None:
-        shape = (3, data.image_size, data.image_size)
         # A tap that is not reached, has no tensor or is changed in place raises; not so in a compiled pass.
-        logits, _ = probe(student, method.student_taps, shape)
+        logits, _ = probe(student, method.student_taps, data.shape)
         if logits.shape[1:] != (data.num_classes,):
             raise ConfigError(
                 f"student: its output has shape [B, {', '.join(map(str, logits.shape[1:]))}]; "
                 f"the data has {data.num_classes} classes"
             )
         if teacher is not None:
-            probe(teacher, method.teacher_taps, DataInfo(shape, logits_of=logits_if_any))
+            probe(teacher, method.teacher_taps, DataInfo(data.shape, logits_of=logits_if_any))
 
     def task_loss(self, config: ClassificationConfig, data: Splits) -> TaskLoss:
         labels = data.train.labels
@@ -216,7 +217,7 @@ class ClassificationTask(Task[ClassificationConfig, Splits, Batch]):
         if not left == 1 < chosen or min(config.max_steps or steps, config.epochs * steps) < steps:
             return
         views = distiller.method.needs.views
-        image = torch.zeros(views, 3, data.image_size, data.image_size, device=source.world.device)
+        image = torch.zeros(views, *data.shape, device=source.world.device)
         number = torch.zeros(views, dtype=torch.int64, device=source.world.device)
         label = data.train.labels.new_zeros(views, *data.train.labels.shape[1:], device=number.device)
         try_single_image(config, distiller, Batch(image, label, number))

@@ -77,7 +77,7 @@ class EmbedTask(ClassificationTask):
 
     def data_info(self, config: ClassificationConfig, data: Splits) -> DataInfo:
         images = partial(training_images, config, data)
-        shape, size = (3, data.image_size, data.image_size), config.batch_size
+        shape, size = data.shape, config.batch_size
         return DataInfo(shape, None, size, logits_of=embedding_of, images=images, are_embeddings=True)
 
     def check_models(
@@ -122,7 +122,7 @@ class EmbedTask(ClassificationTask):
 
 
 class EmbedDeployment(ClassifierDeployment):
-    """Graphs from normalized images, float32 [B, 3, S, S], to embeddings [B, D]."""
+    """Graphs from normalized images, float32 [B, C, S, S], to embeddings [B, D]."""
 
     outputs = ("embedding",)
     hub_task = "image-feature-extraction"

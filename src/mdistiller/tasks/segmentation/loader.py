@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mdistiller.data.dataset import Triple
+from mdistiller.data.dataset import PerChannel
 from mdistiller.data.draws import Draws
 from mdistiller.tasks.segmentation.config import SegmentationAugmentConfig, SegmentationConfig
 from mdistiller.tasks.segmentation.data import IGNORE, Mask, SegmentationSet
@@ -36,7 +36,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def normalize(images: Tensor, mean: Triple, std: Triple) -> Tensor:
+def normalize(images: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:
     """Scales uint8 [..., 3, H, W] to [0, 1], subtracts mean, divides by std: float32."""
     first, second = (torch.tensor(x, device=images.device)[:, None, None] for x in (mean, std))
     return (images.float() / 255 - first) / second
