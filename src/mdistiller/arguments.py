@@ -15,7 +15,7 @@ from mdistiller.data import DataConfig, list_datasets
 from mdistiller.data.given import read_given
 from mdistiller.data.registry import Reader, given_data
 from mdistiller.deploy.hub import local_path
-from mdistiller.deploy.teacher import GivenTeacher, find_teacher
+from mdistiller.deploy.student import GivenTeacher, find_teacher
 from mdistiller.distiller import AnyMethod
 from mdistiller.errors import ConfigError, UnknownNameError
 from mdistiller.methods import Method, MethodConfig

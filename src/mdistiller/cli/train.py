@@ -14,7 +14,7 @@ from mdistiller.cli.options import Command, parse_command
 from mdistiller.cli.plan import PlannedDisplay, print_plan
 from mdistiller.cli.seeds import train_seeds
 from mdistiller.config import SELF, RunConfig
-from mdistiller.deploy.teacher import GivenTeacher, find_teacher
+from mdistiller.deploy.student import GivenTeacher, find_teacher
 from mdistiller.errors import ConfigError, UnknownNameError, nearest_names
 from mdistiller.methods import load_plugins
 from mdistiller.models import ModelConfig
