@@ -23,8 +23,8 @@ import mdistiller
 from mdistiller.arguments import config_for, find_data
 from mdistiller.cli.main import run as command
 from mdistiller.data import DataConfig
-from mdistiller.data.digits import load_digits
 from mdistiller.data.given import read_given
+from mdistiller.data.synthetic import load_digits
 from mdistiller.deploy.student import GivenTeacher
 from mdistiller.errors import ConfigError, DataError, MDistillerError, UnknownNameError
 from mdistiller.models import ModelConfig

@@ -1,6 +1,6 @@
 """Data sets, loaders and augmentation."""
 
-from mdistiller.data import cifar, digits, folder, hf, synthetic  # noqa: F401  (registers their data sets)
+from mdistiller.data import cifar, folder, hf, synthetic  # noqa: F401  (registers their data sets)
 from mdistiller.data.augment import Augment
 from mdistiller.data.config import AugmentConfig, DataConfig
 from mdistiller.data.dataset import ImageSet, Splits, StreamSet

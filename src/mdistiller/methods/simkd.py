@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdistiller.errors import ConfigError
-from mdistiller.methods.base import Losses, Method, MethodConfig, Needs, Scalar, promote
+from mdistiller.methods.base import Card, Example, Losses, Method, MethodConfig, Needs, Scalar, promote
 from mdistiller.methods.features import (
     check_channels,
     classifier,
@@ -120,6 +120,11 @@ class SimKD(Method[SimKDConfig]):
 
     Config = SimKDConfig
     needs = Needs(one_class=False)
+    card = Card(
+        "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022",
+        "The deployed student may include the teacher's classifier and a projector",
+        example=Example(("last_map",), ("last_map",), 188_316),
+    )
     student_taps = teacher_taps = ("last_map",)
 
     def __init__(self, config: SimKDConfig, student: nn.Module, teacher: nn.Module, data: DataInfo) -> None:
