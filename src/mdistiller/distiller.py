@@ -319,10 +319,11 @@ class Distiller(nn.Module):
         """The teacher as it is asked for its outputs; None where the method needs none."""
         return self._teacher[0] if self._teacher else None
 
-    @property
-    def teacher_ahead(self) -> Teacher | None:
-        """The teacher, if there is one that can be asked ahead of a call, without the student's pass."""
-        return None if self.asked is None or self.asked.needs_student else self.asked
+    def ask_ahead(self, batches: Sequence[AnyBatch]) -> list[Outputs] | list[None]:
+        """Asks the teacher for some batches at once; None for each where there is none to ask so early."""
+        if self.asked is None or self.asked.needs_student:
+            return [None] * len(batches)
+        return self.asked.ask(batches)
 
     def forward(
         self,
