@@ -286,7 +286,10 @@ class Distiller(nn.Module):
         if target is None:
             inputs, target = take_labels(inputs, self.method)
         if not torch.compiler.is_compiling():
-            self._check(target, index)
+            if self.method.needs.index:
+                check_index(self.method, index, self._images)
+            if self.method.needs.views == 2 and not self._checked:
+                check_views(self.method, target)
         if index is None:
             index = torch.arange(len(target), device=target.device)
         return Batch(inputs, target, index), target.device
@@ -438,12 +441,6 @@ class Distiller(nn.Module):
         if self.training:
             self.step.add_(1)
         return done
-
-    def _check(self, target: Tensor, index: Tensor | None) -> None:
-        if self.method.needs.index:
-            check_index(self.method, index, self._images)
-        if self.method.needs.views == 2 and not self._checked:
-            check_views(self.method, target)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for teacher in self._teacher:
