@@ -91,10 +91,10 @@ def main() -> None:
     for step in range(c.warmup + c.steps):
         for name, (trainer, source) in rows.items():
             (batch,) = source.next_batches(step, 1)
-            ahead = trainer.distiller.teacher_ahead
             _wait(world)
             start, busy = time.perf_counter(), time.process_time()
-            trainer.train_step(batch, None if ahead is None else ahead(batch))
+            (teacher,) = trainer.distiller.ask_ahead([batch])
+            trainer.train_step(batch, teacher)
             _wait(world)
             cpu[name].append(1000 * (time.process_time() - busy))
             times[name].append(1000 * (time.perf_counter() - start))

@@ -20,7 +20,7 @@ def steps_of(trainer: Trainer, source: AnySource, *, fill: int = 0) -> Callable[
         source: its batches.
         fill: number of training images that get zeros as cached logits, so that the teacher never runs.
     """
-    asked, ahead = trainer.distiller.asked, trainer.distiller.teacher_ahead
+    asked = trainer.distiller.asked
     if asked is not None:
         asked.open()
     if fill:
@@ -28,7 +28,7 @@ def steps_of(trainer: Trainer, source: AnySource, *, fill: int = 0) -> Callable[
         assert asked.cache is not None
         width = asked.live(next(iter(source.next_batches(0, 1)))).logits.shape[1]
         rows = {LOGITS: np.zeros((fill, width), np.float32)}
-        for view in range(asked.num_views):
+        for view in range(asked.rows.num_views):
             asked.cache.fill(view, 1 + np.arange(fill), (LOGITS,), lambda: rows)
     trainer.start_epoch()
     ready: deque[tuple[AnyBatch, Outputs | None]] = deque()
@@ -36,7 +36,7 @@ def steps_of(trainer: Trainer, source: AnySource, *, fill: int = 0) -> Callable[
     def step() -> None:
         if not ready:
             batches = source.next_batches(trainer.step, trainer.total - trainer.step)
-            outputs = [None] * len(batches) if ahead is None else ahead.ask(batches)
+            outputs = trainer.distiller.ask_ahead(batches)
             ready.extend(zip(batches, outputs, strict=True))
         trainer.train_step(*ready.popleft())
 

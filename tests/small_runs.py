@@ -119,8 +119,7 @@ def folder_settings(root):
 
 def ask_teacher(distiller, batches):
     """The teacher's outputs for some batches; None where the distiller asks for them in its call."""
-    ahead = distiller.teacher_ahead
-    return [None] * len(batches) if ahead is None else ahead.ask(batches)
+    return distiller.ask_ahead(batches)
 
 
 def photo(path, size):

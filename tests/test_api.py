@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -685,15 +684,10 @@ def test_public_names():
     assert sorted(names) == sorted([*mdistiller.__all__, "__version__", "functional"])
 
 
-def test_metrics(run, monkeypatch):
+def test_metrics(run):
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert run.metrics == lines
     assert run.metrics[-1] == run.summary == mdistiller.Run(run.path).summary
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ConfigError, match=r"^to_pandas needs pandas: pip install pandas$"):
-        run.metrics.to_pandas()
-    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(json_normalize=tuple))
-    assert run.metrics.to_pandas() == tuple(lines)
 
 
 def test_report_and_export(run, tmp_path):

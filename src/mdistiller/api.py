@@ -41,18 +41,6 @@ class Metrics(list[Line]):
         counts = Counter(line.get("kind", "other") for line in self)
         return f"Metrics({', '.join(f'{count} {kind}' for kind, count in counts.items())})"
 
-    def to_pandas(self) -> Any:
-        """Returns a pandas `DataFrame` with a row for each line; columns of nested values have dotted names.
-
-        Raises:
-            ConfigError: pandas is not installed.
-        """
-        try:
-            import pandas  # type: ignore[import-untyped, unused-ignore]
-        except ImportError as error:
-            raise ConfigError("to_pandas needs pandas: pip install pandas") from error
-        return pandas.json_normalize(list(self))
-
 
 class Run:
     """A run in its folder: student, metrics, report, export.

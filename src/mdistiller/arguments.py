@@ -1,13 +1,11 @@
 """Configs from the arguments of `distill`: models and data by name, in files, or as objects."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from mdistiller.config import SELF, RunConfig
@@ -25,6 +23,7 @@ from mdistiller.models.registry import GIVEN, given_models
 from mdistiller.recipes import get_recipe, starts_pretrained
 from mdistiller.recipes.family import list_families
 from mdistiller.settings import validate
+from mdistiller.teacher import hash_weights
 from mdistiller.types import Line
 
 
@@ -140,11 +139,4 @@ def find_data(given: object, *, labeled: bool = True) -> tuple[str, Line, dict[s
 def name_of(module: nn.Module, *, with_weights: bool) -> str:
     """Returns the name of a module in a config: its class, and for a teacher a hash of its weights."""
     name = GIVEN + type(module).__name__.replace("_", "")
-    if not with_weights:
-        return name
-    digest = hashlib.sha256()
-    for key, tensor in module.state_dict().items():
-        digest.update(key.encode())
-        if isinstance(tensor, Tensor):  # a module may have other state
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return f"{name}-{digest.hexdigest()[:8]}"
+    return f"{name}-{hash_weights(module)[:8]}" if with_weights else name

@@ -286,7 +286,10 @@ class Distiller(nn.Module):
         if target is None:
             inputs, target = take_labels(inputs, self.method)
         if not torch.compiler.is_compiling():
-            self._check(target, index)
+            if self.method.needs.index:
+                check_index(self.method, index, self._images)
+            if self.method.needs.views == 2 and not self._checked:
+                check_views(self.method, target)
         if index is None:
             index = torch.arange(len(target), device=target.device)
         return Batch(inputs, target, index), target.device
@@ -319,10 +322,11 @@ class Distiller(nn.Module):
         """The teacher as it is asked for its outputs; None where the method needs none."""
         return self._teacher[0] if self._teacher else None
 
-    @property
-    def teacher_ahead(self) -> Teacher | None:
-        """The teacher, if there is one that can be asked ahead of a call, without the student's pass."""
-        return None if self.asked is None or self.asked.needs_student else self.asked
+    def ask_ahead(self, batches: Sequence[AnyBatch]) -> list[Outputs] | list[None]:
+        """Asks the teacher for some batches at once; None for each where there is none to ask so early."""
+        if self.asked is None or self.asked.needs_student:
+            return [None] * len(batches)
+        return self.asked.ask(batches)
 
     def forward(
         self,
@@ -437,12 +441,6 @@ class Distiller(nn.Module):
         if self.training:
             self.step.add_(1)
         return done
-
-    def _check(self, target: Tensor, index: Tensor | None) -> None:
-        if self.method.needs.index:
-            check_index(self.method, index, self._images)
-        if self.method.needs.views == 2 and not self._checked:
-            check_views(self.method, target)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for teacher in self._teacher:

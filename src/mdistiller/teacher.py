@@ -29,6 +29,15 @@ class EvalMode:
             module.training = True
 
 
+def hash_weights(model: nn.Module) -> str:
+    """Computes the SHA-256 of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class Teacher(nn.Module):
     """A model that is asked: a call computes its `Outputs` for a batch, without gradients.
 
@@ -69,11 +78,7 @@ class Teacher(nn.Module):
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the model's weights and buffers, which stay as they are."""
-        digest = hashlib.sha256()
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return hash_weights(self.model)
 
     @property
     def live(self) -> "Teacher":

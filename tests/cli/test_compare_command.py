@@ -72,7 +72,7 @@ def test_int8_from_the_command(cli, runs, tmp_path):
 
 
 def test_a_terminal_shows_aligned_columns(cli, runs, monkeypatch):
-    """The raw Markdown is for pipes and `--markdown`."""
+    """The raw Markdown is for pipes and files."""
     student, _ = runs
     argv = ("compare", student, "--batch", 1, "--threads", 1, "--no-eval")
     monkeypatch.setenv("COLUMNS", "80")
@@ -89,5 +89,6 @@ def test_a_terminal_shows_aligned_columns(cli, runs, monkeypatch):
     assert "|" not in terminal.getvalue()
     assert max(map(len, lines)) <= 80
     terminal.truncate(terminal.seek(0))
-    assert run([str(word) for word in (*argv, "--markdown")]) == 0
+    monkeypatch.setattr(terminal, "isatty", lambda: False)
+    assert run([str(word) for word in argv]) == 0
     assert terminal.getvalue().startswith("| model | top1, % |")

@@ -193,8 +193,7 @@ class Bench:
         trainer.distiller.train()
         for start in range(0, len(raws), source.lookahead):
             batches = source.prepare(raws[start : start + source.lookahead], trainer.step)
-            ahead = trainer.distiller.teacher_ahead
-            outputs = [None] * len(batches) if ahead is None else ahead.ask(batches)
+            outputs = trainer.distiller.ask_ahead(batches)
             for batch, teacher in zip(batches, outputs, strict=True):
                 trainer.train_step(batch, teacher)
 

@@ -51,8 +51,6 @@ class CompareCommand(Command):
     """CPU threads. None: torch's choice, or OMP_NUM_THREADS."""
     eval: bool = True
     """Evaluate all models on the test set. Otherwise the recorded metrics are printed."""
-    markdown: bool = False
-    """Print a Markdown table in a terminal too, as in a pipe or a file."""
 
     def execute(self) -> None:
         if not self.runs:
@@ -70,7 +68,7 @@ class CompareCommand(Command):
         head, *rows = compared_columns(found, load_run(self.runs[0]).main_metric)
         shape = f", images of shape {list(found.image_shape)}" if found.image_shape else ""
         note = f"{found.metric} on {found.test_set}; milliseconds per image on {found.machine}{shape}"
-        if self.markdown or not sys.stdout.isatty():
+        if not sys.stdout.isatty():
             print(f"{markdown_table(head, rows)}\n{note}")
             return
         print_table([name.replace(", ", "\n") for name in head], rows)

@@ -40,7 +40,7 @@ def examine() -> Line:
     where = environment(0)
     versions = {"mdistiller": __version__, "python": where["python"]}
     versions |= {name: where["versions"][name] for name in ("torch", "torchvision", "numpy")}
-    extras = {}
+    extras: dict[str, Line] = {}
     for name, (packages, use) in EXTRAS.items():
         # The module of mlflow-skinny is mlflow, that of ray[tune] is ray.
         missing = [p for p in packages if find_spec(p.removesuffix("-skinny").partition("[")[0]) is None]

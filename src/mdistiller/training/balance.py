@@ -38,7 +38,7 @@ def measure_weights(
         ConfigError: a loss has no gradient for the student, or one that is not finite.
     """
     logs: dict[str, list[float]] = {name: [] for name in names}
-    for found in _ratios(trainer, source, names, _BATCHES):
+    for found in _ratios(trainer, source, names):
         for name, value in found.items():
             if value:
                 logs[name].append(math.log(value))
@@ -53,7 +53,7 @@ def first_strengths(trainer: Trainer, source: AnySource) -> dict[str, float]:
     method = trainer.config.method
     parts = method.parts() if "+" in method.method_name else {}
     names = [f"method.{field}.weight" for field in parts] or ["method.weight"]
-    for found in _ratios(trainer, source, names, _BATCHES):
+    for found in _ratios(trainer, source, names):
         if all(found.values()):
             break
     factors = [dict(method)[f"{field}_weight"] for field in parts] or [1.0]
@@ -61,14 +61,11 @@ def first_strengths(trainer: Trainer, source: AnySource) -> dict[str, float]:
     return {s: f * found[n] for s, f, n in zip(subjects, factors, names, strict=True)}
 
 
-def _ratios(
-    trainer: Trainer, source: AnySource, names: Sequence[str], count: int
-) -> Iterator[dict[str, float]]:
-    for step, raw in enumerate(islice(source.loader.epoch(0), count)):
+def _ratios(trainer: Trainer, source: AnySource, names: Sequence[str]) -> Iterator[dict[str, float]]:
+    for step, raw in enumerate(islice(source.loader.epoch(0), _BATCHES)):
         (batch,) = source.prepare([raw], step)
         trainer.seed_step(step)
-        ahead = trainer.distiller.teacher_ahead
-        teacher = None if ahead is None else ahead(batch)
+        (teacher,) = trainer.distiller.ask_ahead([batch])
         yield gradient_ratios(trainer, batch, teacher, names)
 
 

@@ -20,7 +20,7 @@ from mdistiller.taps import logits_if_any
 from mdistiller.teacher import LiveTeacher, Teacher
 from mdistiller.training.cached_teacher import CachedTeacher, CacheRows
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import autocast, memory_format, torch_dtype
+from mdistiller.training.precision import autocast, memory_format
 from mdistiller.types import AnyBatch, Batch, LogitsOf
 
 # Pixels in one pass of a teacher that runs ahead. A batch of 64 small images leaves most of a GPU idle; a CPU
@@ -51,21 +51,11 @@ class BatchSource(Generic[B]):
     """Prepared batches in the order of a loader, and the teacher of a run on them.
 
     Everything random follows from the seed, the step and the rank.
-
-    `precision` and `memory_format` are the teacher's: of autocast and of the weights.
     """
 
-    def __init__(
-        self,
-        loader: Loader[B],
-        world: World,
-        *,
-        precision: torch.dtype = torch.float32,
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> None:
+    def __init__(self, loader: Loader[B], world: World) -> None:
         self.loader, self.world = loader, world
         self.steps = len(loader)  # of an epoch
-        self.precision, self.memory_format = precision, memory_format
         self.lookahead = 1
         """Steps whose batches are prepared together, for which the teacher is asked at once."""
         self.num_views = 1
@@ -94,7 +84,6 @@ class BatchSource(Generic[B]):
 
     def arrange(self, precision: torch.dtype, layout: torch.memory_format, teacher: Teacher | None) -> None:
         """Changes the precision of the teacher's passes, and the memory format of images and teacher."""
-        self.precision, self.memory_format = precision, layout
         for member in () if teacher is None else teacher.members:
             if isinstance(member.live, LiveTeacher):
                 member.live.autocast = autocast(self.world.device, precision)
@@ -144,10 +133,9 @@ class ImageBatches(BatchSource[Batch]):
             world_size=world.size,
             workers=config.data.workers,
         )
-        precision, layout = torch_dtype(config.precision), memory_format(config.layout)
-        super().__init__(loader, world, precision=precision, memory_format=layout)
+        super().__init__(loader, world)
         self.config, self.splits = config, splits
-        classes = splits.num_classes
+        layout, classes = memory_format(config.layout), splits.num_classes
         self.augment = Augment(augment, splits.mean, splits.std, classes, layout).to(world.device)
         self.generator = torch.Generator(world.device)  # of mixup and CutMix
         self.augment_seed: int = config.augment_seed
@@ -207,7 +195,7 @@ class ImageBatches(BatchSource[Batch]):
         batches = []
         for views in zip(*changed, strict=True):
             batch = views[0] if len(views) == 1 else Batch.join(views)
-            image = batch.image.contiguous(memory_format=self.memory_format)
+            image = batch.image.contiguous(memory_format=self.augment.memory_format)
             batches.append(batch._replace(image=image))
         return batches
 

@@ -108,12 +108,12 @@ def _measure(trainer: Trainer, source: AnySource, raw: Sequence[AnyBatch], world
     """Returns the milliseconds of a step: the least of some rounds, of the processor's time on a CPU."""
     # Other processes stretch the clock's time; which candidate they hit is chance.
     clock = time.process_time if world.device.type == "cpu" else time.perf_counter
-    seconds, ahead = [], trainer.distiller.teacher_ahead
+    seconds = []
     for _ in range(_ROUNDS):
         start = clock()
         trainer.distiller.train()
         batches = source.prepare(raw, 0)
-        outputs = [None] * len(batches) if ahead is None else ahead.ask(batches)
+        outputs = trainer.distiller.ask_ahead(batches)
         for batch, teacher in zip(batches, outputs, strict=True):
             trainer.update(batch, teacher, trainer.learning_rate(0), 0.0)
         if world.device.type != "cpu":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from mdistiller.config import MEASURED, RunConfig, with_choices, with_choices_of
+from mdistiller.config import RunConfig, with_choices_of
 from mdistiller.errors import Interrupted
 from mdistiller.runs.checkpoint import load_state
 from mdistiller.runs.folder import STATE, RunFolder, check_resumable
@@ -68,7 +68,6 @@ def _run(
 ) -> RunResult:
     with ExitStack() as stack:
         if resume and (stored := check_resumable(config)) is not None:
-            config = with_choices(config, {name: getattr(stored, name) for name in MEASURED})
             config = with_choices_of(config, stored)
         config, trainer, source = build_fastest(get_task(config.task), config, world, reporter)
         trainer.data = trainer.identify()

@@ -21,7 +21,8 @@ from mdistiller.models import ModelConfig
 from mdistiller.models.external import is_pretrained
 from mdistiller.models.layers import classifier_paths
 from mdistiller.models.weights import find_weights
-from mdistiller.runs.config_file import read_config, read_values
+from mdistiller.runs.config_file import read_values
+from mdistiller.settings import validate
 from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.deployment import Deployment
@@ -319,7 +320,7 @@ def load_config(path: Path, *, whole: bool = False) -> RunConfig:
     if absent and whole:
         raise ConfigError(f"{path}: plugins: {absent}")
     try:
-        config = read_config(get_task(name).Config, path)
+        config = validate(get_task(name).Config, values, str(path))
     except ConfigError as error:
         if not absent:
             raise

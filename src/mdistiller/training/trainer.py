@@ -46,7 +46,7 @@ def fit(trainer: Trainer, source: AnySource, stop: Stop, reporter: Reporter) -> 
         MDistillerError: the run failed.
         Interrupted: the run was stopped, with its state saved.
     """
-    world, images, ahead = trainer.world, trainer.config.batch_size, trainer.distiller.teacher_ahead
+    world, images = trainer.world, trainer.config.batch_size
     reporter.start(_title(trainer), trainer.total, trainer.step, images=images, losses=trainer.metrics.recent)
     try:
         while not trainer.is_done:
@@ -55,7 +55,7 @@ def fit(trainer: Trainer, source: AnySource, stop: Stop, reporter: Reporter) -> 
             while not ended:
                 step = trainer.step
                 batches = source.next_batches(step, trainer.total - step)
-                outputs = [None] * len(batches) if ahead is None else ahead.ask(batches)
+                outputs = trainer.distiller.ask_ahead(batches)
                 for batch, teacher in zip(batches, outputs, strict=True):
                     trainer.train_step(batch, teacher)
                     reporter.step(trainer.step)

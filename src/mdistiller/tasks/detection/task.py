@@ -37,7 +37,6 @@ from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.dense import DenseSplits, DenseTask
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import memory_format
 from mdistiller.types import Line
 
 
@@ -105,8 +104,7 @@ class DetectionTask(DenseTask[DetectionConfig, DetectionSet, DetectionBatch]):
         return super().build_teacher(config, data)
 
     def make_batches(self, config: DetectionConfig, data: DetectionSplits, world: World) -> DetectionBatches:
-        loader = DetectionLoader(data.train, config, world, training=True)
-        return DetectionBatches(loader, world, memory_format=memory_format(config.layout))
+        return DetectionBatches(DetectionLoader(data.train, config, world, training=True), world)
 
     def format_metrics(self, metrics: Line) -> list[str]:
         masks = metrics.get("masks")

@@ -36,7 +36,6 @@ from mdistiller.teacher import Teacher
 from mdistiller.training.batches import BatchSource
 from mdistiller.training.dense import DenseSplits, DenseTask
 from mdistiller.training.distributed import World
-from mdistiller.training.precision import torch_dtype
 from mdistiller.training.task import try_single_image
 from mdistiller.types import IGNORED, Batch, DataInfo, Line
 
@@ -144,9 +143,7 @@ class SegmentationTask(DenseTask[SegmentationConfig, SegmentationSet, Batch]):
     def make_batches(
         self, config: SegmentationConfig, data: SegmentationSplits, world: World
     ) -> BatchSource[Batch]:
-        loader = SegmentationLoader(data.train, config, world, training=True)
-        precision = torch_dtype(config.precision)
-        return BatchSource(loader, world, precision=precision, memory_format=loader.layout)
+        return BatchSource(SegmentationLoader(data.train, config, world, training=True), world)
 
     def batch_metrics(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
         known = (batch.label != IGNORED).sum().clamp(min=1)
