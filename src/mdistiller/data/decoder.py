@@ -175,7 +175,8 @@ def channels_last(values: npt.NDArray[Any], channels: int, ndim: int = 3) -> npt
     found = [axis for axis in (-3, -1) if values.ndim == ndim and values.shape[axis] == channels]
     if len(found) != 1:
         forms = f"[H, W, {channels}] and [{channels}, H, W]".replace("[", "[N, " if ndim == 4 else "[")
-        raise ValueError(f"it is an array {list(values.shape)}; allowed: one of {forms}")
+        hint = " (a Dataset's tensors are [C, H, W])" if len(found) > 1 else ""
+        raise ValueError(f"it is an array {list(values.shape)}; allowed: one of {forms}, not both{hint}")
     return np.moveaxis(values, found[0], -1)
 
 

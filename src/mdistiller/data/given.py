@@ -334,7 +334,11 @@ def _pixels(image: object, name: str, channels: int) -> Pixels:
             return to_pixels(image.detach().cpu().movedim(0, -1).numpy())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"data: the image of {name}: {error}{_OTHERS}") from error
-    allowed = f"{_ALLOWED}{_OTHERS}" if channels == 3 else f"an image of {channels} channels, a tensor first"
+    allowed = (
+        f"{_ALLOWED}{_OTHERS}"
+        if channels == 3
+        else f"a PIL image of {channels} channels, or a tensor [{channels}, H, W]"
+    )
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3) or channels != 3:
         what = f"a tensor {list(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
         raise ConfigError(f"data: the image of {name} is {what}; allowed: {allowed}")
