@@ -25,7 +25,10 @@ _TWICE = 8  # images of a sample that are read twice
 _FILE_SIZE = 224  # of images of several sizes, as of image files
 _SEVERAL = f"1, 0 or {IGNORED} (unknown) for each class"
 _ALLOWED = "a PIL image, or a tensor [3, H, W] or [1, H, W], uint8 or float in [0, 1]"
-_OTHERS = "; for images of other channels, give the data's mean and std, one number for each channel"
+_OTHERS = (
+    "; for images of other channels, give mean and std with one number per channel, as in "
+    '{"train": …, "mean": …, "std": …}'
+)
 
 
 class Items(Protocol):
