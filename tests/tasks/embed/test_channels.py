@@ -253,7 +253,7 @@ def test_items_of_undeclared_channels_are_an_error_that_says_how(tmp_path):
         classify(objects("arrays", mean=(0.5,) * 4, std=(0.5,) * 4), tmp_path / "run")
 
 
-def test_a_run_of_objects_opens_again_and_resumes(tmp_path):
+def test_a_run_of_objects_opens_again(tmp_path):
     data = objects("dataset of arrays")
     run = classify(data, tmp_path / "run")
     again = mdistiller.Run(run.path, data=data)
