@@ -370,7 +370,7 @@ class RunConfig(Settings):
             )
         if self.probe_epochs >= self.epochs:
             raise ValueError(
-                f"probe_epochs: got {self.probe_epochs} of {self.epochs} epochs; allowed are fewer"
+                f"probe_epochs: got {self.probe_epochs}; allowed with epochs {self.epochs}: fewer than these"
             )
         if self.optim.momenta and self.probe_epochs:
             raise ValueError(f"probe_epochs: optim.name {self.optim.name!r} takes 0; got {self.probe_epochs}")

@@ -88,6 +88,7 @@ def test_a_teachers_own_run_is_called_so(write_run, tmp_path):
     big = {"method": "none", "student": {"name": "resnet20"}}
     folders = [write_run("big", [70.0], **big), write_run("small", [50.0], method="none")]
     assert list(names(folders)) == ["resnet20 alone", "resnet8 alone"]
+    assert list(names([write_run("recipe", [70.0], recipe="digits.teacher.resnet20", **big)])) == ["teacher"]
     alone = ["student alone"]
     for number, checkpoint in enumerate((folders[0], folders[0] / "student.safetensors")):
         teacher = {"name": "resnet20", "checkpoint": str(checkpoint)}

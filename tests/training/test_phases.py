@@ -147,7 +147,7 @@ def test_names_of_frozen_parts():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"probe_epochs": 4}, "probe_epochs: got 4 of 4"),
+        ({"probe_epochs": 4}, "probe_epochs: got 4; allowed with epochs 4: fewer"),
         ({"probe_epochs": 1, "optim": OptimConfig(name="dot", delta=0.05)}, "probe_epochs: optim.name 'dot'"),
     ],
 )

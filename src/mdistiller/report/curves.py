@@ -87,14 +87,17 @@ def draw_curves(
         ys = max(ys[0], -2), min(ys[1], 102)
     frame = Frame(canvas, (first, last), ys, titles=titles, log=log, whole=True)
     with frame.inside():
-        labels: list[float] = []
+        labels: dict[str, float] = {}
         for name, points in sorted(lines.items(), key=lambda line: -line[1][0][1]):
             at = [(frame.x(x), frame.y(y)) for x, y in points]
             ends = at if len(at) > 1 else [(frame.left, at[0][1]), (frame.right, at[0][1])]
             canvas.curve(ends, class_="teacher")
             line_y = ends[0][1]
-            y = max([line_y - 5 if line_y - 16 > frame.top else line_y + 13, *(at + 13 for at in labels)])
-            labels.append(y)
+            y = max(
+                [line_y - 5 if line_y - 16 > frame.top else line_y + 13, *(at + 13 for at in labels.values())]
+            )
+            labels[name] = y
+        for name, y in labels.items():  # above all lines
             canvas.text(frame.left + 6, y, name, class_="halo small")
         for label, curve in curves.items():
             look, x = rows.looks[label], [frame.x(value) for value in curve.x]

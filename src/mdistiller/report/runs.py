@@ -240,7 +240,7 @@ def _titles(runs: Sequence[RunRecord]) -> list[str]:
     """Returns what each run is: teacher, student alone or its method, with its models where these differ.
 
     A run without a teacher is one if a run names its folder, where it is now or where it was trained, and if
-    no student is of its model.
+    no student is of its model; among runs without a teacher, if its recipe is a teacher's.
     """
     taught = [run for run in runs if run.teacher is not None]
     students = {run.student for run in taught or runs}
@@ -261,6 +261,8 @@ def _titles(runs: Sequence[RunRecord]) -> list[str]:
         known = [p for p in (run.path.resolve(), Path(str(run.config.get("out"))).resolve()) if p in places]
         if known and _model(run) not in models:
             return places[known[0]]
+        if not taught and ".teacher." in str(run.config.get("recipe")):
+            return "teacher"
         return "student alone" if students == {run.student} else f"{run.student} alone"
 
     return list(map(title, runs))
