@@ -130,7 +130,7 @@ def test_names_that_are_taken_or_not_allowed(blobs):
         return splits(images(3), images(3))
 
     with pytest.raises(
-        ConfigError, match=r"data set name 'digits' is taken by mdistiller\.data\.digits\.load"
+        ConfigError, match=r"data set name 'digits' is taken by mdistiller\.data\.synthetic\.load"
     ):
         register_dataset("digits")(other)
     for name in ("", "my blobs", "a/b"):

@@ -47,8 +47,10 @@ class PredictCommand(Command):
     def execute(self) -> None:
         if not self.images:
             raise ConfigError("predict needs at least one image; see mdistiller predict --help")
+        folders = {path for path in self.images if path.is_dir()}
         predictor = load_predictor(self.source, self.device)
-        paths = [path for given in self.images for path in _files(given, predictor.card.channels)]
+        channels = predictor.card.channels
+        paths = [p for path in self.images for p in (_files(path, channels) if path in folders else [path])]
         read: list[Path] = []
         images = _read(predictor, paths, read, skip=self.on_error == "skip")
         deployment = predictor.deployment
@@ -88,9 +90,7 @@ def _write(file: Path, paths: Sequence[Path], rows: Tensor, classes: Sequence[st
 
 
 def _files(path: Path, channels: int) -> list[Path]:
-    """Returns the image files in a folder and those below it, sorted, or a file itself."""
-    if not path.is_dir():
-        return [path]
+    """Returns the image files in a folder and those below it, sorted; DataError if there are none."""
     found = sorted(images_below(path, channels))
     if not found:
         raise DataError(f"{path} has no images, which end in {ENDINGS}")

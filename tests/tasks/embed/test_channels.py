@@ -244,7 +244,7 @@ def test_objects_of_every_form_are_the_same_images(tmp_path):
 def test_items_of_undeclared_channels_are_an_error_that_says_how(tmp_path):
     for kind in ("dataset of tensors", "dataset of arrays", "tensors"):
         with pytest.raises(
-            ConfigError, match=r"allowed: .*the data's mean and std, one number for each channel"
+            ConfigError, match=r"allowed: .*give mean and std with one number per channel, as in"
         ):
             classify(objects(kind, mean=None, std=None), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"train\[0\] is a tensor \[5, 32, 32\].*allowed"):

@@ -1,7 +1,7 @@
 """Detectors by name: torchvision's heads on a feature pyramid of a classification backbone."""
 
 import inspect
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
@@ -212,20 +212,29 @@ def build_on_backbone(
 
 
 def _check_values(name: str, options: Mapping[str, object], detector_class: type[nn.Module]) -> None:
-    """Raises a ConfigError for a wrong value of an option whose default is a number."""
+    """Raises a ConfigError for numbers with which torchvision would stop in a pass."""
     own = inspect.signature(build_on_backbone).parameters
     taken = {**own, **inspect.signature(detector_class).parameters}
     for option, value in options.items():
         default = taken[option].default if option in taken else None
-        if isinstance(default, int | float):
-            kinds, lowest = (int, type(default)), int(option in _SIDES)
-            numbers: Sequence[Any] = [value]
-            if option == "min_size" and isinstance(value, list | tuple):
-                numbers = value
-            if not all(type(number) in kinds and lowest <= number < 2**31 for number in numbers):
-                kind = "a whole number" if isinstance(default, int) else "a number"
-                got = f"got {value!r:.60}; allowed: {kind} from {lowest}"
-                raise ConfigError(f"{option} of detector {name!r}: {got}")
+        several = list(value) if isinstance(value, list | tuple) else None
+        if option in ("image_mean", "image_std"):
+            three = several is not None and len(several) == 3 and all(_is_number(v, float) for v in several)
+            fits, needed = value is None or three, "three numbers from 0"
+        elif option in _SIDES:
+            sides = several if several is not None and option == "min_size" else [value]
+            fits, needed = all(_is_number(side, int, lowest=1) for side in sides), "a whole number from 1"
+        elif isinstance(default, int | float):
+            kind = "a whole number" if isinstance(default, int) else "a number"
+            fits, needed = _is_number(value, type(default)), f"{kind} from 0"
+        else:
+            continue
+        if not fits:
+            raise ConfigError(f"{option} of detector {name!r}: got {value!r:.60}; allowed: {needed}")
+
+
+def _is_number(value: Any, kind: type, *, lowest: int = 0) -> bool:
+    return type(value) in (int, kind) and lowest <= value < 2**31
 
 
 def build_detector(config: ModelConfig, num_classes: int, **defaults: int) -> nn.Module:
