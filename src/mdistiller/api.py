@@ -192,7 +192,8 @@ class Run:
         """Continues the run from its last state to its end, and returns it."""
         with self.objects.known():
             config = load_config(self.folder / CONFIG, whole=True).model_copy(update={"out": self.path})
-            return _train(config, self.objects, resume=True, reporter=reporter)
+            shown, usual = _shown(reporter), _usual(config)
+            return _run(launch.train(config, resume=True, reporter=shown, usual=usual), self.objects)
 
 
 def train(
@@ -231,7 +232,8 @@ def train(
             changes["augment"] = {"crop": "auto", **augment} if isinstance(augment, Mapping) else augment
     with objects.known():
         config = _with_plugins(config, plugins).replace(**changes)
-        return _train(config, objects, resume=resume, reporter=reporter)
+        shown, usual = _shown(reporter), _usual(config)
+        return _run(launch.train(config, resume=resume, reporter=shown, usual=usual), objects)
 
 
 def stored_config(source: str | Path, *, resume: bool = False) -> RunConfig | None:
@@ -360,7 +362,8 @@ def distill(
         if first is not None:
             config = first.fit_data(config)
         config = _with_plugins(config, plugins).replace(data=data_fields, **settings)
-        return _train(config, objects, resume=resume, reporter=reporter)
+        shown, usual = _shown(reporter), _usual(config)
+        return _run(launch.train(config, resume=resume, reporter=shown, usual=usual), objects)
 
 
 def _with_plugins(config: RunConfig, files: Sequence[str | Path]) -> RunConfig:
@@ -368,10 +371,16 @@ def _with_plugins(config: RunConfig, files: Sequence[str | Path]) -> RunConfig:
     return config.model_copy(update={"plugins": tuple(dict.fromkeys(found))})
 
 
-def _train(config: RunConfig, objects: Objects, *, resume: bool, reporter: Shown) -> Run:
-    display = ProgressDisplay() if reporter is None else reporter or None
-    usual = recipe_of(config) if config.log else None
-    result = launch.train(config, resume=resume, reporter=display, usual=usual)
+def _shown(reporter: Shown) -> Reporter | None:
+    return ProgressDisplay() if reporter is None else reporter or None
+
+
+def _usual(config: RunConfig) -> RunConfig | None:
+    """Returns the config from which loggers show the differences."""
+    return recipe_of(config) if config.log else None
+
+
+def _run(result: launch.RunResult, objects: Objects) -> Run:
     run = Run.__new__(Run)
     run.path, run.objects, run._summary = result.path, objects, result.summary
     return run
