@@ -136,9 +136,8 @@ def empty_set(config: DataConfig, default_size: int) -> EncodedSet:
     resize = config.resize or size
     if resize < size:
         raise ConfigError(f"resize: got {resize}, need at least image_size {size}")
-    return replace(
-        as_encoded([]), image_size=size, resize=resize, channels=config.channels, on_error=config.on_error
-    )
+    images = as_encoded([], config.channels)
+    return replace(images, image_size=size, resize=resize, on_error=config.on_error)
 
 
 def make_splits(train: EncodedSet, test: EncodedSet, classes: tuple[str, ...], description: str) -> Splits:

@@ -154,11 +154,10 @@ def _add_unlabeled(images: Images, config: DataConfig) -> Images:
         )
     size = images.images.shape[1]
     added = replace(
-        as_encoded(files),
+        as_encoded(files, config.channels),
         labels=labels,
         image_size=size,
         resize=size,
-        channels=config.channels,
         on_error=config.on_error,
     )
     decoded = decode(added, config.workers)

@@ -16,7 +16,7 @@ _ALLOWED = (
     "an image processor of transformers"
 )
 CHANNELS = "a module that picks its channels, or a model of timm, or for CIFAR, with the option in_chans"
-"""What takes images of other channels than three, for messages that end in their number."""
+"""Models for images of other than three channels; messages add the number of channels."""
 
 
 class OwnInput(nn.Module):

@@ -49,7 +49,7 @@ class CachedTeacher(Teacher):
         Raises:
             ConfigError: a folder that is a file, whose disk is too small, or with another teacher's rows.
         """
-        index, shape = torch.zeros(1, dtype=torch.int64), (1, *self.rows.image_shape)
+        index, shape = torch.zeros(1, dtype=torch.int64), (1, *self.rows.splits.shape)
         pattern = torch.arange(math.prod(shape), device=self.rows.augment.mean.device) * 7919 % 251 / 125 - 1
         outputs = self.live(Batch(pattern.view(shape), index, index))
         self.read = (LOGITS,) if outputs.logits.ndim > 1 else ()
@@ -62,7 +62,7 @@ class CachedTeacher(Teacher):
 
     def full_bytes(self) -> int:
         """Computes the size of the cache with all rows, in bytes."""
-        data = DataInfo(self.rows.image_shape, logits_of=self.live.taps.where)
+        data = DataInfo(self.rows.splits.shape, logits_of=self.live.taps.where)
         outputs = probe(self.model, self.live.taps.names, data)
         views = self.rows.streams({}, outputs)
         # Views that fall together share a file.
@@ -75,8 +75,9 @@ class CachedTeacher(Teacher):
     def ask(self, batches: Sequence[AnyBatch]) -> list[Outputs]:
         if self.cache is None:  # measured before the first step
             return self.live.ask(batches)
-        device, count, views = batches[0].image.device, self.rows.num_views, []
-        for view in range(count):  # the outputs of each batch
+        device, count = batches[0].image.device, self.rows.num_views
+        views = []  # for each view the outputs of each batch
+        for view in range(count):
             images = [batch.image.chunk(count)[view] for batch in batches]
             rows = [batch.rows for batch in batches if isinstance(batch, Batch) and batch.rows is not None]
             numbers = [part.chunk(count)[view] for part in rows]
@@ -132,7 +133,7 @@ class CacheRows:
     def __init__(self, config: Any, splits: Splits, augment: Augment, steps: int) -> None:
         self.config, self.splits, self.augment, self.steps = config, splits, augment, steps
         self.num_views, self.precision = 1, torch.float32
-        self.images, self.image_shape = len(splits.train), splits.shape
+        self.images = len(splits.train)
         channels, height, width = splits.shape
         self.variants = augment.variants(torch.empty(0, height, width, channels))
         self._are_variants = self._by_variant(0), self._by_variant(1)

@@ -79,7 +79,7 @@ class Experiment(Settings):
     """Table or figure of the paper."""
 
     title: str
-    """Its subject."""
+    """Subject of the table or figure."""
     pairs: tuple[str, ...]
     """Pairs TEACHER_STUDENT at the paper's scale."""
     settings: tuple[str, ...]
